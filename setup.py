@@ -1,0 +1,136 @@
+"""Builds dlfast._C, the compiled operators. Metadata is in pyproject.toml.
+
+Environment variables read here (all optional):
+  DLFAST_NATIVE=0|1     0 installs the pure PyTorch package and compiles nothing (default 1)
+  DLFAST_CUDA=0|1       default: 1 if torch was built for CUDA and nvcc is found
+  TORCH_CUDA_ARCH_LIST  GPU architectures, as for any torch extension
+  MAX_JOBS              parallel compilations; default: one per core and per 3 GB of free memory
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(
+        f"dlfast: building needs torch in this environment ({error}). Install torch first, then\n"
+        "        pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).resolve().parent
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+# The newest architecture also gets PTX, so that later GPUs can run the binary.
+DEFAULT_ARCHS = {11: "7.5;8.0;8.6+PTX", 12: "7.5;8.0;8.6;8.9;9.0+PTX", 13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"}
+
+
+def flag(name: str, default: bool) -> bool:
+    value = os.environ.get(name, "1" if default else "0")
+    if value not in ("0", "1"):
+        sys.exit(f"dlfast: {name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def nvcc_major() -> int | None:
+    """Major version of the nvcc that torch would use, or None where there is none."""
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    if not nvcc.exists():
+        return None
+    out = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return int(out.split("release ")[1].split(".")[0])
+
+
+def wheel_include_dirs() -> list[str]:
+    """Headers that ATen wants and a bare toolkit lacks (cusparse.h ...), from the wheels torch installed."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    return [str(path) for root in roots for path in sorted(Path(root).glob("*/include")) if path.is_dir()]
+
+
+def set_job_limit() -> None:
+    if "MAX_JOBS" in os.environ:
+        return
+    free_gb = 3.0
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, int(free_gb / 3))))
+
+
+def sources(*suffixes: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for s in suffixes for p in (ROOT / "csrc").rglob(f"*{s}"))
+
+
+def native_extension(cuda: bool):
+    compile_args = {"cxx": ["-O3", *WARNINGS]}
+    if not cuda:
+        return cpp_extension.CppExtension(
+            "dlfast._C", sources(".cpp"), include_dirs=[str(ROOT / "csrc")], extra_compile_args=compile_args
+        )
+    compile_args["cxx"].append("-DDLFAST_WITH_CUDA")
+    compile_args["nvcc"] = ["-O3", "-lineinfo", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]
+    return cpp_extension.CUDAExtension(
+        "dlfast._C",
+        sources(".cpp", ".cu"),
+        include_dirs=[str(ROOT / "csrc"), *wheel_include_dirs()],
+        extra_compile_args=compile_args,
+    )
+
+
+native = flag("DLFAST_NATIVE", True)
+nvcc = nvcc_major()
+cuda = native and flag("DLFAST_CUDA", torch.version.cuda is not None and nvcc is not None)
+if cuda and (torch.version.cuda is None or nvcc is None):
+    lacking = "this torch was built without CUDA" if torch.version.cuda is None else "no nvcc was found (CUDA_HOME)"
+    sys.exit(f"dlfast: DLFAST_CUDA=1, but {lacking}")
+if cuda:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS.get(nvcc, DEFAULT_ARCHS[max(DEFAULT_ARCHS)]))
+
+BUILD_INFO = {
+    "native": native,
+    "cuda": cuda,
+    "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "",
+    "cuda_version": torch.version.cuda if cuda else None,
+    "torch_version": torch.__version__,
+}
+
+
+def record_build(package: Path) -> None:
+    """Lets `import dlfast` tell a missing or stale binary before it tries to load one."""
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build_info.json").write_text(json.dumps(BUILD_INFO, indent=2) + "\n")
+    backends = "CPU" if native else "pure PyTorch only (DLFAST_NATIVE=0)"
+    if cuda:
+        backends += f" + CUDA {torch.version.cuda} ({BUILD_INFO['cuda_archs']})"
+    print(f"dlfast: built for torch {torch.__version__}: {backends}", flush=True)
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    def run(self) -> None:
+        set_job_limit()
+        super().run()
+        record_build(ROOT / "dlfast" if self.inplace else Path(self.build_lib) / "dlfast")
+
+
+class BuildPy(build_py):
+    """setuptools skips build_ext where there is nothing to compile, so a pure install is recorded here."""
+
+    def run(self) -> None:
+        super().run()
+        if not native:
+            record_build(ROOT / "dlfast" if self.editable_mode else Path(self.build_lib) / "dlfast")
+
+
+setup(
+    ext_modules=[native_extension(cuda)] if native else [],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
+)

@@ -1,0 +1,30 @@
+// The pass after a convolution, as each backend offers it to op.cpp. Tensors arrive as bare pointers that
+// op.cpp has checked and allocated: dense, in the layout p.channels_last says, all of one dtype except the
+// code (see params.h). Any count may be zero.
+#pragma once
+
+#include "conv_relu_pool/params.h"
+
+namespace dlfast {
+
+enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
+
+struct ReluPoolBackend {
+  // y = pool(activation(z + bias)); bias [C] may be null; code may be null where it is not wanted.
+  // 16-bit dtypes are added and compared in float32 and rounded once.
+  void (*forward)(const ReluPoolParams& p, Dtype dtype, const void* z, const void* bias, void* y, void* code,
+                  void* stream);
+  // grad_z from grad_y and code, each element gathered once: deterministic for every window.
+  void (*backward)(const ReluPoolParams& p, Dtype dtype, const void* grad_y, const void* code, void* grad_z,
+                   void* stream);
+  // The transpose of backward: grad_y from grad_z and code.
+  void (*transpose)(const ReluPoolParams& p, Dtype dtype, const void* grad_z, const void* code, void* grad_y,
+                    void* stream);
+};
+
+const ReluPoolBackend& relu_pool_cpu();  // stream is ignored
+#ifdef DLFAST_WITH_CUDA
+const ReluPoolBackend& relu_pool_cuda();  // stream is a cudaStream_t of the current device
+#endif
+
+}  // namespace dlfast

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #define DLFAST_INLINE inline __attribute__((always_inline))
+#define DLFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dlfast {
 

@@ -135,6 +135,11 @@ const Tensor& code_of(const Geometry& g, const Tensor& output, const Tensor& cod
   return !g.pool && g.activation ? output : code;
 }
 
+// A bias that is not there is no input that autograd counts.
+bool bias_needs_grad(AutogradContext* ctx, size_t index) {
+  return ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(index);
+}
+
 Tensor defined_if(bool wanted, const Tensor& tensor) {
   return wanted ? tensor : Tensor();
 }
@@ -164,6 +169,7 @@ struct ConvReluPool : torch::autograd::Function<ConvReluPool> {
     ctx->mark_non_differentiable({code});
     ctx->set_materialize_grads(false);
     ctx->saved_data["saved"] = save_code;
+    ctx->saved_data["biased"] = bias && bias->defined();
     g.save(ctx);
     return {output, code};
   }
@@ -175,7 +181,7 @@ struct ConvReluPool : torch::autograd::Function<ConvReluPool> {
     const Geometry g = Geometry::restore(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                      ctx->needs_input_grad(2)};
+                                      bias_needs_grad(ctx, 2)};
     const auto [grad_input, grad_weight, grad_bias] =
         call_backward(grads[0], saved[0], saved[1], saved[2], g, mask);
     return {defined_if(mask[0], grad_input),
@@ -195,6 +201,7 @@ struct Epilogue : torch::autograd::Function<Epilogue> {
     ctx->mark_non_differentiable({code});
     ctx->set_materialize_grads(false);
     ctx->saved_data["saved"] = save_code;
+    ctx->saved_data["biased"] = bias && bias->defined();
     ctx->saved_data["size"] = SymIntArrayRef({input.sym_size(2), input.sym_size(3)});
     g.save(ctx);
     return {output, code};
@@ -206,7 +213,7 @@ struct Epilogue : torch::autograd::Function<Epilogue> {
                 "relu_pool2d: backward needs the code, but the forward ran with save_code=False");
     const std::vector<SymInt> size = ctx->saved_data["size"].toSymIntVector();
     const Tensor grad = call_expand(grads[0], ctx->get_saved_variables()[0], size, Geometry::restore(ctx));
-    const Tensor grad_bias = ctx->needs_input_grad(1) ? grad.sum({0, 2, 3}) : Tensor();
+    const Tensor grad_bias = bias_needs_grad(ctx, 1) ? grad.sum({0, 2, 3}) : Tensor();
     return {defined_if(ctx->needs_input_grad(0), grad), grad_bias, {}, {}};
   }
 };

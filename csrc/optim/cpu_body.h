@@ -65,7 +65,7 @@ void update_tensor(const TensorRef& tensor, const void* constants, int64_t begin
   update_range<Rule, T, Rule::kMaxStates>(tensor, constants, begin, end);
 }
 
-#define DLFAST_UPDATES(Rule) \
+#define DLFAST_UPDATES(Rule)                                                               \
   {update_tensor<Rule, float>, update_tensor<Rule, double>, update_tensor<Rule, BFloat16>, \
    update_tensor<Rule, Float16>}
 constexpr UpdateTable kUpdates = {DLFAST_UPDATES(Sgd), DLFAST_UPDATES(Adam)};
@@ -75,7 +75,9 @@ constexpr UpdateTable kUpdates = {DLFAST_UPDATES(Sgd), DLFAST_UPDATES(Adam)};
 
 #define DLFAST_CONCAT(a, b) a##b
 #define DLFAST_EXPAND(a, b) DLFAST_CONCAT(a, b)
-const UpdateTable& DLFAST_EXPAND(updates_, DLFAST_LEVEL)() { return kUpdates; }
+const UpdateTable& DLFAST_EXPAND(updates_, DLFAST_LEVEL)() {
+  return kUpdates;
+}
 #undef DLFAST_EXPAND
 #undef DLFAST_CONCAT
 

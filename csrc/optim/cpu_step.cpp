@@ -30,8 +30,12 @@ const UpdateTable& updates() {
   return updates_portable();
 }
 
-UpdateFn update_of(const Sgd*, Number number) { return updates().sgd[static_cast<int>(number)]; }
-UpdateFn update_of(const Adam*, Number number) { return updates().adam[static_cast<int>(number)]; }
+UpdateFn update_of(const Sgd*, Number number) {
+  return updates().sgd[static_cast<int>(number)];
+}
+UpdateFn update_of(const Adam*, Number number) {
+  return updates().adam[static_cast<int>(number)];
+}
 
 template <typename Rule, typename T>
 void run(UpdateFn update, std::vector<TensorRef>& tensors, const std::vector<double>& steps,

@@ -60,14 +60,30 @@ struct Real<__half> {
   using type = float;
 };
 
-__device__ __forceinline__ float to_real(float x) { return x; }
-__device__ __forceinline__ double to_real(double x) { return x; }
-__device__ __forceinline__ float to_real(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_real(__half x) { return __half2float(x); }
-__device__ __forceinline__ void put(float& to, float x) { to = x; }
-__device__ __forceinline__ void put(double& to, double x) { to = x; }
-__device__ __forceinline__ void put(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void put(__half& to, float x) { to = __float2half_rn(x); }
+__device__ __forceinline__ float to_real(float x) {
+  return x;
+}
+__device__ __forceinline__ double to_real(double x) {
+  return x;
+}
+__device__ __forceinline__ float to_real(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_real(__half x) {
+  return __half2float(x);
+}
+__device__ __forceinline__ void put(float& to, float x) {
+  to = x;
+}
+__device__ __forceinline__ void put(double& to, double x) {
+  to = x;
+}
+__device__ __forceinline__ void put(__nv_bfloat16& to, float x) {
+  to = __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ void put(__half& to, float x) {
+  to = __float2half_rn(x);
+}
 
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
@@ -76,8 +92,9 @@ struct alignas(sizeof(T) * kCount) Pack {
 
 // Elements [i, i + kCount) of the unit that starts at `begin`; aligned to the pack's size.
 template <typename Rule, typename T, int states, int kCount>
-__device__ __forceinline__ void update_pack(const TensorRef& t, int64_t begin, int i,
-                                            const typename Rule::template Constants<typename Real<T>::type>& c) {
+__device__ __forceinline__ void update_pack(
+    const TensorRef& t, int64_t begin, int i,
+    const typename Rule::template Constants<typename Real<T>::type>& c) {
   using P = Pack<T, kCount>;
   const int64_t at = begin + i;
   P* param_at = reinterpret_cast<P*>(static_cast<T*>(t.param) + at);
@@ -103,8 +120,9 @@ __device__ __forceinline__ void update_pack(const TensorRef& t, int64_t begin, i
 }
 
 template <typename Rule, typename T, int states>
-__device__ __forceinline__ void update_unit(const TensorRef& t, int64_t begin, int thread,
-                                            const typename Rule::template Constants<typename Real<T>::type>& c) {
+__device__ __forceinline__ void update_unit(
+    const TensorRef& t, int64_t begin, int thread,
+    const typename Rule::template Constants<typename Real<T>::type>& c) {
   constexpr int kPack = kPackBytes / sizeof(T);
   static_assert(kUnit % (kPack * kThreads) == 0);
   const int64_t left = t.numel - begin;
@@ -151,7 +169,8 @@ __device__ __forceinline__ void step_block(const Table& table, const StepScalars
     const auto& group = table.groups[shared.tensor.group];
     const double step = shared.tensor.step == nullptr ? 1.0 : *shared.tensor.step + 1.0;
     const double factor = scalars.grad_scale == nullptr ? 1.0 : 1.0 / *scalars.grad_scale;
-    shared.constants = Rule::template prepare<typename Real<T>::type>(group, learning_rate(group.lr), step, factor);
+    shared.constants =
+        Rule::template prepare<typename Real<T>::type>(group, learning_rate(group.lr), step, factor);
     shared.last = false;
     if (scalars.arrived != nullptr) {
       // The counters may advance once every block has read them: the last block to come here does it.

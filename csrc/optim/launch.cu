@@ -105,12 +105,13 @@ void step_cuda(CudaStep& step, const std::vector<typename Rule::Group>& groups, 
     return;
   }
   const auto* tensors = static_cast<const TensorRef*>(memory_table);
-  const MemoryTable<Group> table{.tensors = tensors, .groups = reinterpret_cast<const Group*>(tensors + count)};
+  const MemoryTable<Group> table{.tensors = tensors,
+                                 .groups = reinterpret_cast<const Group*>(tensors + count)};
   const TensorRef& last = step.tensors.back();
   launch<Rule>(step.number, table, scalars, last.first_unit + units_of(last.numel, kUnit));
 }
 
-#define DLFAST_INSTANTIATE(Rule)                                                           \
+#define DLFAST_INSTANTIATE(Rule)                                                            \
   template void fill_memory_table<Rule>(CudaStep&, const std::vector<Rule::Group>&, void*); \
   template void step_cuda<Rule>(CudaStep&, const std::vector<Rule::Group>&, const void*)
 DLFAST_INSTANTIATE(Sgd);

@@ -32,8 +32,8 @@ struct Scalars {
 };
 
 void check_count(const char* name, size_t got, size_t expected, const char* what) {
-  TORCH_CHECK(got == expected, name, " must hold one entry for each ", what, ": expected ", expected, ", got ",
-              got);
+  TORCH_CHECK(got == expected, name, " must hold one entry for each ", what, ": expected ", expected,
+              ", got ", got);
 }
 
 void check_scalar(const char* name, const OptionalTensor& t, const Tensor& param, at::ScalarType dtype) {
@@ -73,7 +73,8 @@ void run_cpu(const std::vector<Item>& items, const std::vector<typename Rule::Gr
     const Tensor* step = item.step;
     double taken = 0;
     if (step != nullptr) {
-      taken = step->scalar_type() == at::kDouble ? *step->const_data_ptr<double>() : *step->const_data_ptr<float>();
+      taken = step->scalar_type() == at::kDouble ? *step->const_data_ptr<double>()
+                                                 : *step->const_data_ptr<float>();
     }
     steps.push_back(taken + 1);
   }
@@ -169,8 +170,9 @@ class Walk {
 
 void sgd_step_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList steps,
                at::IntArrayRef groups, Floats lr, TensorList lr_tensors, Floats momentum, Floats dampening,
-               Floats weight_decay, const Bools& nesterov, const Bools& maximize, const OptionalTensor& grad_scale,
-               const OptionalTensor& found_inf, const OptionalTensor& arrived) {
+               Floats weight_decay, const Bools& nesterov, const Bools& maximize,
+               const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+               const OptionalTensor& arrived) {
   const size_t count = lr.size();
   check_count("grads", grads.size(), params.size(), "of params");
   check_count("groups", groups.size(), params.size(), "of params");
@@ -213,7 +215,8 @@ void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
                 TensorList max_exp_avg_sqs, TensorList steps, at::IntArrayRef groups, Floats lr,
                 TensorList lr_tensors, Floats beta1, Floats beta2, Floats eps, Floats weight_decay,
                 const Bools& amsgrad, const Bools& decoupled_weight_decay, const Bools& maximize,
-                const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const OptionalTensor& arrived) {
+                const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                const OptionalTensor& arrived) {
   const size_t count = lr.size();
   check_count("grads", grads.size(), params.size(), "of params");
   check_count("exp_avgs", exp_avgs.size(), params.size(), "of params");

@@ -51,7 +51,9 @@ struct AdamGroup {
 
 // Splits tensors into units of at most `size` elements, numbered across all tensors, so that work can be
 // balanced whatever the tensors' sizes. An empty tensor keeps one unit: its step counter advances too.
-inline int64_t units_of(int64_t numel, int64_t size) { return numel <= 0 ? 1 : (numel - 1) / size + 1; }
+inline int64_t units_of(int64_t numel, int64_t size) {
+  return numel <= 0 ? 1 : (numel - 1) / size + 1;
+}
 
 // Sets first_unit of all; returns the number of units.
 inline int64_t number_units(TensorRef* tensors, int64_t count, int64_t size) {

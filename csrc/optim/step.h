@@ -88,11 +88,13 @@ struct Adam {
 
   template <typename T>
   struct Constants {
-    T grad_factor, weight_decay, param_factor, beta1, gain1, beta2, gain2, step_size, inv_sqrt_correction2, eps;
+    T grad_factor, weight_decay, param_factor, beta1, gain1, beta2, gain2, step_size, inv_sqrt_correction2,
+        eps;
   };
 
   template <typename T>
-  static DLFAST_RULE Constants<T> prepare(const AdamGroup& group, double lr, double step, double grad_factor) {
+  static DLFAST_RULE Constants<T> prepare(const AdamGroup& group, double lr, double step,
+                                          double grad_factor) {
     const bool decoupled = group.decoupled_weight_decay;
     Constants<T> c;
     c.grad_factor = static_cast<T>(group.maximize ? -grad_factor : grad_factor);

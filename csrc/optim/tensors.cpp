@@ -38,7 +38,9 @@ bool same_order(const at::Tensor& t, const at::Tensor& param) {
   return true;
 }
 
-std::string name_of(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
+std::string name_of(const char* list, size_t i) {
+  return std::string(list) + "[" + std::to_string(i) + "]";
+}
 
 void check_like_param(const at::Tensor& t, const at::Tensor& param, const char* list, size_t i) {
   TORCH_CHECK(t.layout() == at::kStrided, name_of(list, i), " is sparse (layout ", t.layout(),

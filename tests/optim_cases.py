@@ -9,20 +9,20 @@ STEPS = 100
 
 # Algorithm and options; learning rates large enough that a wrong term shows.
 CASES = [
-    ("SGD", dict(lr=0.05)),
-    ("SGD", dict(lr=0.05, weight_decay=0.1, maximize=True)),
-    ("SGD", dict(lr=0.05, momentum=0.9)),
-    ("SGD", dict(lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.1)),
-    ("SGD", dict(lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.1)),
-    ("SGD", dict(lr=0.05, momentum=0.8, dampening=-0.5, maximize=True)),
-    ("Adam", dict(lr=0.05)),
-    ("Adam", dict(lr=0.05, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1)),
-    ("Adam", dict(lr=0.05, amsgrad=True, maximize=True)),
-    ("Adam", dict(lr=0.05, betas=(0.0, 0.9), amsgrad=True, weight_decay=0.1)),
-    ("Adam", dict(lr=0.05, weight_decay=0.1, decoupled_weight_decay=True)),
-    ("AdamW", dict(lr=0.05)),
-    ("AdamW", dict(lr=0.05, weight_decay=0.3, amsgrad=True)),
-    ("AdamW", dict(lr=0.05, betas=(0.8, 0.95), maximize=True)),
+    ("SGD", {"lr": 0.05}),
+    ("SGD", {"lr": 0.05, "weight_decay": 0.1, "maximize": True}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.05, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.05, "momentum": 0.8, "dampening": -0.5, "maximize": True}),
+    ("Adam", {"lr": 0.05}),
+    ("Adam", {"lr": 0.05, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}),
+    ("Adam", {"lr": 0.05, "amsgrad": True, "maximize": True}),
+    ("Adam", {"lr": 0.05, "betas": (0.0, 0.9), "amsgrad": True, "weight_decay": 0.1}),
+    ("Adam", {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("AdamW", {"lr": 0.05}),
+    ("AdamW", {"lr": 0.05, "weight_decay": 0.3, "amsgrad": True}),
+    ("AdamW", {"lr": 0.05, "betas": (0.8, 0.95), "maximize": True}),
 ]
 CASE_IDS = [f"{name}-{'-'.join(options)}" for name, options in CASES]
 
@@ -67,5 +67,9 @@ def assert_same(mine, theirs, bound):
         assert a.isfinite().all()
         scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
         torch.testing.assert_close(
-            a.detach().cpu(), b.detach().cpu(), rtol=0, atol=bound * scale, msg=lambda m, i=i: f"tensor {i}: {m}"
+            a.detach().cpu(),
+            b.detach().cpu(),
+            rtol=0,
+            atol=bound * scale,
+            msg=lambda m, i=i: f"tensor {i}: {m}",
         )

@@ -81,8 +81,8 @@ def test_16_bit_stays_near_torch(name, options, dtype):
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_every_size_and_alignment(name, offset, dtype):
-    """Each size alone in its step, so that it is both the first and the last tensor; guards catch overruns."""
-    options = dict(lr=0.1, momentum=0.9) if name == "SGD" else dict(lr=0.1, amsgrad=True)
+    """Each size alone in its step, so that it is first and last tensor; guards catch overruns."""
+    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1, "amsgrad": True}
     generator = torch.Generator().manual_seed(3)
     for size in SIZES:
         whole = torch.randn(size + offset + 16, generator=generator).to(dtype)
@@ -143,7 +143,7 @@ def layouts():
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_layouts_of_parameter_and_gradient(name, layout, grad_layout, fused):
     base = layouts()[layout]
-    options = dict(lr=0.1, momentum=0.9) if name == "SGD" else dict(lr=0.1)
+    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
     mine = base.detach().requires_grad_()
     theirs = base.clone().contiguous().requires_grad_()
     opt = getattr(dlfast.optim, name)([mine], fused=fused, **options)
@@ -172,12 +172,10 @@ def test_groups_dtypes_and_missing_gradients(name):
 
     def build(lib):
         params = [nn.Parameter(t.clone()) for t in start]
-        extra = [dict(momentum=0.9), dict(), dict(momentum=0.5, maximize=True)]
+        extra = [{"momentum": 0.9}, {}, {"momentum": 0.5, "maximize": True}]
         if name == "AdamW":
-            extra = [dict(amsgrad=True), dict(betas=(0.7, 0.8)), dict(weight_decay=0.3, maximize=True)]
-        groups = [
-            dict(params=params[i::3], lr=0.05 * (i + 1), **options) for i, options in enumerate(extra)
-        ]
+            extra = [{"amsgrad": True}, {"betas": (0.7, 0.8)}, {"weight_decay": 0.3, "maximize": True}]
+        groups = [dict(params=params[i::3], lr=0.05 * (i + 1), **options) for i, options in enumerate(extra)]
         return params, getattr(lib, name)(groups, lr=0.1)
 
     theirs, torch_opt = build(torch.optim)
@@ -199,7 +197,7 @@ def test_groups_dtypes_and_missing_gradients(name):
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_parameters_that_share_memory_step_one_after_the_other(name):
-    options = dict(lr=0.1, momentum=0.9) if name == "SGD" else dict(lr=0.1)
+    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
     results = []
     for lib in (torch.optim, dlfast.optim):
         memory = torch.linspace(-1, 1, 5000)
@@ -216,7 +214,7 @@ def test_parameters_that_share_memory_step_one_after_the_other(name):
 @needs_native
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_infinities_and_nan_pass_as_in_torch(name):
-    options = dict(lr=0.1, momentum=0.9) if name == "SGD" else dict(lr=0.1, amsgrad=True)
+    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1, "amsgrad": True}
     start = torch.tensor([1.0, float("inf"), -float("inf"), float("nan"), 2.0, 0.0, -0.0, 1e-42, 3.0])
     grad = torch.tensor([float("nan"), 1.0, 1.0, 1.0, float("inf"), -float("inf"), 0.0, 1e-42, 1e30])
     (theirs, torch_opt), (mine, opt) = pair(name, options, [start])

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from dlfast import native
 
 NAMES = ["SGD", "Adam", "AdamW"]
 OPTIONS = {
-    "SGD": dict(lr=0.1, momentum=0.9, dampening=0.3),
-    "Adam": dict(lr=0.1, amsgrad=True),
-    "AdamW": dict(lr=0.1, weight_decay=0.2),
+    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+    "Adam": {"lr": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.1, "weight_decay": 0.2},
 }
 needs_native = pytest.mark.skipif(native.module is None, reason="no compiled extension")
 by_name = pytest.mark.parametrize("name", NAMES)
@@ -86,7 +87,7 @@ def test_loaded_options_of_the_engine_stay_those_of_the_optimizer(name):
 def test_state_dict_of_another_algorithm_or_shape_is_refused_and_changes_nothing():
     p = nn.Parameter(torch.ones(3))
     opt = dlfast.optim.Adam([p])
-    with pytest.raises(ValueError, match="lacks betas, eps.*not one of Adam"):
+    with pytest.raises(ValueError, match=r"lacks betas, eps.*not one of Adam"):
         opt.load_state_dict(torch.optim.SGD([nn.Parameter(torch.ones(3))]).state_dict())
     other = nn.Parameter(torch.ones(4))
     other.grad = torch.ones(4)
@@ -123,7 +124,7 @@ def test_schedulers_added_groups_and_tensor_lr(name, fused):
     runs = pair(name, OPTIONS[name], start(), fused=fused)
     extra = []
     schedulers = []
-    for params, opt in runs:
+    for _, opt in runs:
         schedulers.append(torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.2, total_steps=40))
         extra.append(nn.Parameter(torch.full((9,), 0.5)))
     generator = torch.Generator().manual_seed(1)
@@ -131,7 +132,7 @@ def test_schedulers_added_groups_and_tensor_lr(name, fused):
         if step == 10:
             for (params, opt), p in zip(runs, extra, strict=True):
                 params.append(p)
-                opt.add_param_group(dict(params=[p], lr=torch.tensor(0.03), weight_decay=0.2))
+                opt.add_param_group({"params": [p], "lr": torch.tensor(0.03), "weight_decay": 0.2})
         set_grads(generator, runs[0][0], runs[1][0])
         for (_, opt), scheduler in zip(runs, schedulers, strict=True):
             opt.step()
@@ -180,9 +181,7 @@ def test_step_counts_as_a_change_for_autograd():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("skipped", [{0}, {0, 1}, {2}, {0, 3, 4}], ids=str)
 def test_skipped_step_changes_nothing(name, fused, dtype, skipped):
-    (clean, clean_opt), (mine, opt) = (
-        ([nn.Parameter(t) for t in start(dtype)], None) for _ in range(2)
-    )
+    (clean, clean_opt), (mine, opt) = (([nn.Parameter(t) for t in start(dtype)], None) for _ in range(2))
     clean_opt = getattr(dlfast.optim, name)(clean, fused=False, **OPTIONS[name])
     opt = getattr(dlfast.optim, name)(mine, fused=fused, **OPTIONS[name])
     generator = torch.Generator().manual_seed(1)
@@ -251,7 +250,11 @@ def test_bad_options_are_refused_by_name(name):
     p = nn.Parameter(torch.ones(3))
     nan = float("nan")
     bad = [("lr", nan), ("lr", -1.0), ("lr", torch.ones(2)), ("weight_decay", nan), ("weight_decay", -0.1)]
-    bad += [("momentum", nan), ("momentum", -1), ("dampening", nan)] if name == "SGD" else [("eps", nan), ("eps", -1)]
+    bad += (
+        [("momentum", nan), ("momentum", -1), ("dampening", nan)]
+        if name == "SGD"
+        else [("eps", nan), ("eps", -1)]
+    )
     for option, value in bad:
         with pytest.raises(ValueError, match=option):
             make([p], **{option: value})
@@ -293,7 +296,7 @@ def test_bad_tensors_are_refused_before_anything_changes(name):
     bad = nn.Parameter(torch.ones(4, 2))
     opt = make([("good", good), ("embedding", bad)], lr=0.1)
     bad.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2))
-    with pytest.raises(RuntimeError, match="'embedding'.*sparse"):
+    with pytest.raises(RuntimeError, match=r"'embedding'.*sparse"):
         opt.step()
     bad.grad = None
     bad.data = torch.zeros(2).expand(4, 2)
@@ -318,20 +321,20 @@ def test_lr_that_turns_nan_is_refused_before_anything_changes():
 
 def sgd_arguments(n=3, **changes):
     torch.manual_seed(0)
-    values = dict(
-        params=[torch.randn(20) for _ in range(n)],
-        grads=[torch.randn(20) for _ in range(n)],
-        momentum_buffers=[torch.zeros(20) for _ in range(n)],
-        steps=[torch.zeros(()) for _ in range(n)],
-        groups=[0] * n,
-        lr=[0.1],
-        lr_tensors=[],
-        momentum=[0.9],
-        dampening=[0.1],
-        weight_decay=[0.1],
-        nesterov=[False],
-        maximize=[False],
-    )
+    values = {
+        "params": [torch.randn(20) for _ in range(n)],
+        "grads": [torch.randn(20) for _ in range(n)],
+        "momentum_buffers": [torch.zeros(20) for _ in range(n)],
+        "steps": [torch.zeros(()) for _ in range(n)],
+        "groups": [0] * n,
+        "lr": [0.1],
+        "lr_tensors": [],
+        "momentum": [0.9],
+        "dampening": [0.1],
+        "weight_decay": [0.1],
+        "nesterov": [False],
+        "maximize": [False],
+    }
     return {**values, **changes}
 
 
@@ -339,7 +342,7 @@ def adam_arguments(**changes):
     values = sgd_arguments()
     states = {k: [torch.zeros(20) for _ in range(3)] for k in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")}
     kept = {k: values[k] for k in ("params", "grads", "steps", "groups", "lr", "lr_tensors", "weight_decay")}
-    rest = dict(beta1=[0.9], beta2=[0.99], eps=[1e-8], amsgrad=[True], maximize=[False])
+    rest = {"beta1": [0.9], "beta2": [0.99], "eps": [1e-8], "amsgrad": [True], "maximize": [False]}
     return {**kept, **states, **rest, "decoupled_weight_decay": [False], **changes}
 
 
@@ -363,21 +366,21 @@ def test_opcheck(op):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(grads=[torch.ones(20)] * 2), "grads must hold one entry"),
-        (dict(grads=[torch.ones(19)] * 3), r"grads\[0\] has shape"),
-        (dict(grads=[torch.ones(20).double()] * 3), r"grads\[0\] has dtype"),
-        (dict(momentum_buffers=[torch.zeros(20)] * 2), "momentum_buffers has only 2"),
-        (dict(momentum_buffers=[torch.zeros(1).expand(20)] * 3), r"momentum_buffers\[0\] overlaps"),
-        (dict(groups=[0, 1, 0]), "momentum_buffers|groups"),
-        (dict(groups=[0, -1, 0]), "momentum_buffers|groups"),
-        (dict(momentum=[0.9, 0.1]), "momentum must hold one entry"),
-        (dict(steps=[torch.zeros(2)] * 3), r"steps\[0\] must have one element"),
-        (dict(steps=[torch.zeros((), dtype=torch.int64)] * 3), r"steps\[0\] must be float32"),
-        (dict(found_inf=torch.zeros(2)), "found_inf must be one"),
-        (dict(grad_scale=torch.ones((), dtype=torch.float64)), "grad_scale must be one"),
-        (dict(lr_tensors=[torch.ones(3)]), r"lr_tensors\[0\] must be one"),
-        (dict(params=[torch.ones(20).to(torch.int32)] * 3), r"params\[0\] has dtype"),
-        (dict(params=[torch.ones(20), torch.ones(20).half(), torch.ones(20)]), "one dtype and device"),
+        ({"grads": [torch.ones(20)] * 2}, "grads must hold one entry"),
+        ({"grads": [torch.ones(19)] * 3}, r"grads\[0\] has shape"),
+        ({"grads": [torch.ones(20).double()] * 3}, r"grads\[0\] has dtype"),
+        ({"momentum_buffers": [torch.zeros(20)] * 2}, "momentum_buffers has only 2"),
+        ({"momentum_buffers": [torch.zeros(1).expand(20)] * 3}, r"momentum_buffers\[0\] overlaps"),
+        ({"groups": [0, 1, 0]}, "momentum_buffers|groups"),
+        ({"groups": [0, -1, 0]}, "momentum_buffers|groups"),
+        ({"momentum": [0.9, 0.1]}, "momentum must hold one entry"),
+        ({"steps": [torch.zeros(2)] * 3}, r"steps\[0\] must have one element"),
+        ({"steps": [torch.zeros((), dtype=torch.int64)] * 3}, r"steps\[0\] must be float32"),
+        ({"found_inf": torch.zeros(2)}, "found_inf must be one"),
+        ({"grad_scale": torch.ones((), dtype=torch.float64)}, "grad_scale must be one"),
+        ({"lr_tensors": [torch.ones(3)]}, r"lr_tensors\[0\] must be one"),
+        ({"params": [torch.ones(20).to(torch.int32)] * 3}, r"params\[0\] has dtype"),
+        ({"params": [torch.ones(20), torch.ones(20).half(), torch.ones(20)]}, "one dtype and device"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -430,5 +433,5 @@ def test_without_the_extension():
         "    torch.testing.assert_close(*runs)\n"
         "assert dlfast.native.module is None\n"
     )
-    env = {**__import__("os").environ, "DLFAST_NATIVE": "0"}
+    env = {**os.environ, "DLFAST_NATIVE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)

@@ -90,6 +90,30 @@ struct alignas(sizeof(T) * kCount) Pack {
   T at[kCount];
 };
 
+// One access for a whole pack: left to itself the compiler may store the members one by one.
+template <typename P>
+__device__ __forceinline__ P load_pack(const P* from) {
+  if constexpr (sizeof(P) == sizeof(uint4)) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    P pack;
+    memcpy(&pack, &bits, sizeof(P));
+    return pack;
+  } else {
+    return *from;
+  }
+}
+
+template <typename P>
+__device__ __forceinline__ void store_pack(P* to, const P& pack) {
+  if constexpr (sizeof(P) == sizeof(uint4)) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(P));
+    *reinterpret_cast<uint4*>(to) = bits;
+  } else {
+    *to = pack;
+  }
+}
+
 // Elements [i, i + kCount) of the unit that starts at `begin`; aligned to the pack's size.
 template <typename Rule, typename T, int states, int kCount>
 __device__ __forceinline__ void update_pack(
@@ -98,11 +122,12 @@ __device__ __forceinline__ void update_pack(
   using P = Pack<T, kCount>;
   const int64_t at = begin + i;
   P* param_at = reinterpret_cast<P*>(static_cast<T*>(t.param) + at);
-  P param = *param_at;
-  const P grad = *reinterpret_cast<const P*>(static_cast<const T*>(t.grad) + at);
+  P param = load_pack(param_at);
+  const P grad = load_pack(reinterpret_cast<const P*>(static_cast<const T*>(t.grad) + at));
   P state[states > 0 ? states : 1];
 #pragma unroll
-  for (int k = 0; k < states; ++k) state[k] = *reinterpret_cast<const P*>(static_cast<T*>(t.state[k]) + at);
+  for (int k = 0; k < states; ++k)
+    state[k] = load_pack(reinterpret_cast<const P*>(static_cast<T*>(t.state[k]) + at));
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     typename Real<T>::type p = to_real(param.at[j]);
@@ -114,9 +139,10 @@ __device__ __forceinline__ void update_pack(
 #pragma unroll
     for (int k = 0; k < states; ++k) put(state[k].at[j], s[k]);
   }
-  *param_at = param;
+  store_pack(param_at, param);
 #pragma unroll
-  for (int k = 0; k < states; ++k) *reinterpret_cast<P*>(static_cast<T*>(t.state[k]) + at) = state[k];
+  for (int k = 0; k < states; ++k)
+    store_pack(reinterpret_cast<P*>(static_cast<T*>(t.state[k]) + at), state[k]);
 }
 
 template <typename Rule, typename T, int states>

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "optim/cpu_step.h"
+#include "optim/op_tensors.h"
 #include "optim/step.h"
-#include "optim/tensors.h"
 #ifdef DLFAST_WITH_CUDA
 #include "optim/launch.h"
 #endif

@@ -216,8 +216,8 @@ class FusedStep(torch.optim.Optimizer):
             for i, p in enumerate(self.param_groups[-1]["params"]):
                 if p.is_complex():
                     raise RuntimeError(
-                        f"{self._name(count, i)} is complex ({p.dtype}), which "
-                        f"dlfast.optim.{type(self).__name__} does not support; optimize torch.view_as_real of it"
+                        f"{self._name(count, i)} is complex ({p.dtype}), which dlfast.optim does not support; "
+                        "optimize torch.view_as_real of it"
                     )
                 if overlaps_itself(p):
                     raise RuntimeError(

@@ -57,7 +57,7 @@ class _AdamStep(FusedStep):
     ) -> None:
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = self._states(bucket)
         groups = self.param_groups
-        torch.ops.dlfast._adam_step_(
+        torch.ops.dlfast._adam_step_.default(
             bucket.params,
             bucket.grads,
             exp_avgs,

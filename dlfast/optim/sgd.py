@@ -140,7 +140,7 @@ class SGD(FusedStep, torch.optim.SGD):
     ) -> None:
         buffers, steps = self._buffers(bucket)
         groups = self.param_groups
-        torch.ops.dlfast._sgd_step_(
+        torch.ops.dlfast._sgd_step_.default(
             bucket.params,
             bucket.grads,
             buffers,

@@ -1,4 +1,4 @@
-#include "optim/tensors.h"
+#include "optim/op_tensors.h"
 
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>

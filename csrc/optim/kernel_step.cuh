@@ -90,7 +90,7 @@ struct alignas(sizeof(T) * kCount) Pack {
   T at[kCount];
 };
 
-// One access for a whole pack: left to itself the compiler may store the members one by one.
+// One access for a whole pack: left to itself the compiler stores the members one by one.
 template <typename P>
 __device__ __forceinline__ P load_pack(const P* from) {
   if constexpr (sizeof(P) == sizeof(uint4)) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_pack(P* to, const P& pack) {
   if constexpr (sizeof(P) == sizeof(uint4)) {
     uint4 bits;
     memcpy(&bits, &pack, sizeof(P));
-    *reinterpret_cast<uint4*>(to) = bits;
+    __stwb(reinterpret_cast<uint4*>(to), bits);
   } else {
     *to = pack;
   }

@@ -216,7 +216,7 @@ class FusedStep(torch.optim.Optimizer):
             for i, p in enumerate(self.param_groups[-1]["params"]):
                 if p.is_complex():
                     raise RuntimeError(
-                        f"{self._name(count, i)} is complex ({p.dtype}), which dlfast.optim does not support; "
+                        f"{self._name(count, i)} is complex ({p.dtype}), which is not supported; "
                         "optimize torch.view_as_real of it"
                     )
                 if overlaps_itself(p):

@@ -26,12 +26,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-import dlfast.optim
 from dlfast.data import Batch, Unreadable
 from dlfast.errors import UsageError, one_line
 from dlfast.files import write_whole
 from dlfast.models import ConvNet
-from dlfast.settings import Settings
+from dlfast.settings import Settings, make_optimizer
 
 FORMAT = 1  # of what a checkpoint holds under "dlfast"
 
@@ -68,17 +67,7 @@ class Training(pl.LightningModule):
             self.add_module(f"{name}_accuracy", metric)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        s = self.settings
-        package: Any = dlfast.optim if s.backend == "fused" else torch.optim
-        parameters = self.model.parameters()
-        if s.optimizer == "sgd":
-            optimizer = package.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-        elif s.optimizer == "adam":
-            optimizer = package.Adam(parameters, lr=s.lr, weight_decay=s.weight_decay)
-        else:
-            optimizer = package.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
+        return make_optimizer(self.settings, self.model.parameters())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Unreadable):

@@ -26,8 +26,8 @@ COMMANDS = {
 # Packages of the extras in pyproject.toml, by the names under which they are imported.
 EXTRAS = {
     "pytorch_lightning": "train", "lightning_fabric": "train", "torchmetrics": "train",
-    "torchvision": "train", "PIL": "train", "sklearn": "train", "numpy": "train", "tqdm": "train", "matplotlib": "train",
-    "rich": "train", "psutil": "bench",
+    "torchvision": "train", "PIL": "train", "sklearn": "train", "numpy": "train", "tqdm": "train",
+    "matplotlib": "train", "rich": "train", "psutil": "bench",
 }  # fmt: skip
 # What the user can put right; any other OSError is our bug and keeps its traceback.
 USERS_OS_ERRORS = {

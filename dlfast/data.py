@@ -7,8 +7,9 @@ run can be repeated and resumed. scikit-learn and torchvision are imported where
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,44 +238,49 @@ def _digits(channels: int, size: Size) -> Data:
 def _mnist(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
     from torchvision.datasets import MNIST
 
-    train, test = _torchvision(MNIST, data_dir, "MNIST/raw")
+    names = [Path(name).stem for name, _ in MNIST.resources]
+    train, test = _torchvision(MNIST, data_dir, data_dir / "MNIST" / "raw", names)
     return _with_val(train.data[:, None], train.targets, test.data[:, None], test.targets, channels, size)
 
 
 def _cifar10(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
     from torchvision.datasets import CIFAR10
 
+    names = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
+    sets = _torchvision(CIFAR10, data_dir, data_dir / CIFAR10.base_folder, names)
     train, test = (
         (torch.from_numpy(one.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(one.targets))
-        for one in _torchvision(CIFAR10, data_dir, CIFAR10.base_folder)  # its data is [N, 32, 32, 3]
+        for one in sets  # data is [N, 32, 32, 3]
     )
     return _with_val(*train, *test, channels, size)
 
 
-def _torchvision(dataset: Callable[..., Any], data_dir: Path, files: str) -> tuple[Any, Any]:
-    """The training and the test set of one of torchvision's, downloaded only where its files are absent."""
-    try:
+def _torchvision(
+    dataset: Callable[..., Any], root: Path, folder: Path, names: Iterable[str]
+) -> tuple[Any, Any]:
+    """The training and the test set of one of torchvision's, whose files `names` lie in `folder` below `root`.
+
+    They are downloaded only where one is absent.
+    """
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        print(f"{folder}: no {', '.join(absent)}; downloading", flush=True)
         try:
-            return dataset(data_dir, train=True), dataset(data_dir, train=False)
-        except RuntimeError:  # torchvision: not found, or not what the checksums say
-            if (data_dir / files).is_dir() and any((data_dir / files).iterdir()):
-                raise UsageError(
-                    f"{data_dir / files}: files are missing or corrupt; remove the folder to download it anew"
-                ) from None
-        print(f"no files in {data_dir / files}: downloading", flush=True)
-        return dataset(data_dir, train=True, download=True), dataset(data_dir, train=False)
-    except UsageError:
+            dataset(root, train=True, download=True)
+        # torchvision, urllib and the sockets below it fail in many ways; a full disk is not the network's fault.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+                raise
+            raise UsageError(
+                f"{folder}: no {absent[0]}, and it cannot be downloaded ({one_line(error)})"
+            ) from error
+    try:
+        return dataset(root, train=True), dataset(root, train=False)
+    except PermissionError:
         raise
-    # A failed download is an OSError or a RuntimeError, and a damaged file anything its parser trips over.
+    # A damaged file is whatever its parser trips over.
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        where = data_dir / files
-        if where.is_dir() and any(where.iterdir()):
-            raise UsageError(f"{where}: files are corrupt ({one_line(error)})") from error
-        raise UsageError(
-            f"{where}: no files there, and they cannot be downloaded ({one_line(error)})"
-        ) from error
+        raise UsageError(f"{folder}: files are corrupt ({one_line(error)})") from error
 
 
 def _with_val(
@@ -283,6 +289,9 @@ def _with_val(
     """The ten classes of MNIST or CIFAR-10; a tenth of the training images becomes val."""
     if len(images) != len(labels) or len(test_images) != len(test_labels):
         raise UsageError(f"{len(images)} images but {len(labels)} labels: the files do not belong together")
+    for label in (*labels.tolist(), *test_labels.tolist()):
+        if not 0 <= label < 10:
+            raise UsageError(f"label {label} in the files is not one of the ten classes")
     train, val = split(labels.tolist(), [0.1], SPLIT_SEED)
     return Data(
         Images(images[train], labels[train], channels, size),

@@ -9,10 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import Parameter
+
+import dlfast.optim
 from dlfast.data import SOURCES
 from dlfast.errors import UsageError, one_line
 from dlfast.models import NETWORKS
@@ -169,6 +174,18 @@ def read_settings(path: Path) -> Settings:
         raise UsageError(f"{path}: not the settings of a run ({one_line(error)})") from error
     _check(settings)
     return settings
+
+
+def make_optimizer(settings: Settings, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
+    """dlfast's optimizer, or PyTorch's where the backend is "torch"."""
+    package: Any = dlfast.optim if settings.backend == "fused" else torch.optim
+    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        options["momentum"] = settings.momentum
+    kinds = {"sgd": package.SGD, "adam": package.Adam, "adamw": package.AdamW}
+    optimizer = kinds[settings.optimizer](parameters, **options)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def _check(settings: Settings) -> None:

@@ -27,7 +27,7 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).resolve().parent
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-psabi"]
 # The newest architecture also gets PTX, so that later GPUs can run the binary.
 DEFAULT_ARCHS = {11: "7.5;8.0;8.6+PTX", 12: "7.5;8.0;8.6;8.9;9.0+PTX", 13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"}
 
@@ -71,7 +71,7 @@ def sources(*suffixes: str) -> list[str]:
 
 
 def native_extension(cuda: bool):
-    compile_args = {"cxx": ["-O3", *WARNINGS]}
+    compile_args = {"cxx": ["-O3", "-fno-math-errno", *WARNINGS]}
     if not cuda:
         return cpp_extension.CppExtension(
             "dlfast._C", sources(".cpp"), include_dirs=[str(ROOT / "csrc")], extra_compile_args=compile_args

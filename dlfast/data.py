@@ -25,6 +25,7 @@ Size = tuple[int, int]  # height, width
 Batch = tuple[Tensor, Tensor]  # float32 [B, C, H, W], int64 [B]
 
 SPLIT_SEED = 0  # of the sources that come without a split: their test images are the same in every run
+NOT_THE_NETWORK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 CONVERT_ONCE_BYTES = 256 * 2**20
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision turn colours into grey
 
@@ -258,7 +259,7 @@ def _cifar10(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
 def _torchvision(
     dataset: Callable[..., Any], root: Path, folder: Path, names: Iterable[str]
 ) -> tuple[Any, Any]:
-    """The training and the test set of one of torchvision's, whose files `names` lie in `folder` below `root`.
+    """The training and the test set of one of torchvision's; its files `names` lie in `folder`, below `root`.
 
     They are downloaded only where one is absent.
     """
@@ -267,9 +268,14 @@ def _torchvision(
         print(f"{folder}: no {', '.join(absent)}; downloading", flush=True)
         try:
             dataset(root, train=True, download=True)
-        # torchvision, urllib and the sockets below it fail in many ways; a full disk is not the network's fault.
+        # torchvision, urllib and sockets fail in many ways; a full disk is not the network's fault.
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            if isinstance(error, OSError) and error.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EACCES,
+                errno.EROFS,
+            ):
                 raise
             raise UsageError(
                 f"{folder}: no {absent[0]}, and it cannot be downloaded ({one_line(error)})"

@@ -146,6 +146,10 @@ def resumed_settings(config: TrainConfig, saved: Settings) -> Settings:
             )
     settings = dataclasses.replace(saved, **given)
     _check(settings)
+    if settings.epochs < saved.epochs:
+        raise UsageError(
+            f"--resume: --epochs is {saved.epochs} in {config.out} and can only grow, got {settings.epochs}"
+        )
     return settings
 
 
@@ -170,9 +174,9 @@ def read_settings(path: Path) -> Settings:
     try:
         values = json.loads(path.read_bytes())
         settings = Settings(**{**values, "input_size": tuple(values["input_size"])})
-    except (ValueError, TypeError, KeyError) as error:
+        _check(settings)
+    except (ValueError, TypeError, KeyError, UsageError) as error:
         raise UsageError(f"{path}: not the settings of a run ({one_line(error)})") from error
-    _check(settings)
     return settings
 
 
@@ -189,7 +193,13 @@ def make_optimizer(settings: Settings, parameters: Iterable[Parameter]) -> torch
 
 
 def _check(settings: Settings) -> None:
-    choices = {"data": tuple(SOURCES), "optimizer": OPTIMIZERS, "device": DEVICES, "backend": BACKENDS}
+    choices: dict[str, tuple[str, ...]] = {
+        "network": tuple(NETWORKS),
+        "data": tuple(SOURCES),
+        "optimizer": OPTIMIZERS,
+        "device": DEVICES,
+        "backend": BACKENDS,
+    }
     for name, allowed in choices.items():
         if getattr(settings, name) not in allowed:
             raise UsageError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}")

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -241,6 +242,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint")
     try:
+        # torch.load does not look at the checksums that torch.save wrote.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -1,7 +1,7 @@
 """Labelled images, split into train, val and test, as batches of tensors.
 
-Whatever the source, an image arrives as float32 (channels, height, width) in [-1, 1], of the size and with
-the channels that the network wants. Splits and the order of batches are functions of seeds alone, so that a
+Whatever the source, an image arrives as float32 (channels, height, width), of the size and with the
+channels that the network wants, shifted and scaled by the mean and deviation that are usual for its source. Splits and the order of batches are functions of seeds alone, so that a
 run can be repeated and resumed. scikit-learn and torchvision are imported where they are needed.
 """
 
@@ -27,7 +27,24 @@ Batch = tuple[Tensor, Tensor]  # float32 [B, C, H, W], int64 [B]
 SPLIT_SEED = 0  # of the sources that come without a split: their test images are the same in every run
 NOT_THE_NETWORK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 CONVERT_ONCE_BYTES = 256 * 2**20
+# Mean and standard deviation of pixels in [0, 1], over all channels.
+SCALES = {
+    "digits": (0.305, 0.376),
+    "mnist": (0.1307, 0.3081),
+    "cifar10": (0.473, 0.252),
+    "folder": (0.5, 0.5),
+}
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision turn colours into grey
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the network wants: grey is repeated, colours become grey where `channels` is 1."""
+
+    channels: int
+    size: Size
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -46,28 +63,29 @@ class Images(Dataset[Batch]):
     Args:
         images: uint8 or float32 in [0, 1], (N, C, H, W).
         labels: int64, (N,).
-        channels, size: of what comes out; grey is repeated, colours become grey where `channels` is 1.
+        form: of what comes out.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, channels: int, size: Size) -> None:
-        self.images, self.labels, self.channels, self.size = images, labels, channels, size
-        self.converted = len(images) * channels * size[0] * size[1] * 4 <= CONVERT_ONCE_BYTES
+    def __init__(self, images: Tensor, labels: Tensor, form: Form) -> None:
+        self.images, self.labels, self.form = images, labels, form
+        bytes_after = 4 * len(images) * form.channels * form.size[0] * form.size[1]
+        self.converted = bytes_after <= CONVERT_ONCE_BYTES
         if self.converted:
-            self.images = to_input(images, channels, size)
+            self.images = to_input(images, form)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         images = self.images[indices]
-        return images if self.converted else to_input(images, self.channels, self.size), self.labels[indices]
+        return images if self.converted else to_input(images, self.form), self.labels[indices]
 
 
 class ImageFiles(Dataset[Batch]):
     """Images read from files whenever they are asked for; `samples` is a list of (path, label)."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], channels: int, size: Size) -> None:
-        self.samples, self.channels, self.size = samples, channels, size
+    def __init__(self, samples: Sequence[tuple[str, int]], form: Form) -> None:
+        self.samples, self.form = samples, form
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,7 +95,7 @@ class ImageFiles(Dataset[Batch]):
         for index in indices:
             path = self.samples[index][0]
             try:
-                images.append(to_input(read_image(path, self.channels)[None], self.channels, self.size))
+                images.append(to_input(read_image(path, self.form.channels)[None], self.form))
             # Pillow's decoders raise what they like on broken files: OSError, SyntaxError, ValueError, ...
             except Exception as error:
                 return Unreadable(f"{path}: not a readable image ({one_line(error)})")
@@ -97,18 +115,19 @@ def read_image(path: str, channels: int) -> Tensor:
         return tensor
 
 
-def to_input(images: Tensor, channels: int, size: Size) -> Tensor:
-    """`images` (N, C, H, W), uint8 or float32 in [0, 1], as float32 (N, channels, *size) in [-1, 1].
+def to_input(images: Tensor, form: Form) -> Tensor:
+    """`images` (N, C, H, W), uint8 or float32 in [0, 1], as float32 (N, channels, *size), shifted and scaled.
 
-    >>> to_input(torch.full((1, 1, 8, 8), 255, dtype=torch.uint8), 3, (28, 28)).shape
+    >>> grey = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
+    >>> to_input(grey, Form(channels=3, size=(28, 28), mean=0.5, std=0.5)).shape
     torch.Size([1, 3, 28, 28])
     """
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    if x.shape[1] == 3 and channels == 1:
+    if x.shape[1] == 3 and form.channels == 1:
         x = (x * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
-    if tuple(x.shape[2:]) != size:
-        x = F.interpolate(x, size, mode="bilinear", antialias=True)
-    return (x * 2 - 1).expand(-1, channels, -1, -1).contiguous()
+    if tuple(x.shape[2:]) != form.size:
+        x = F.interpolate(x, form.size, mode="bilinear", antialias=True)
+    return ((x - form.mean) / form.std).expand(-1, form.channels, -1, -1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -142,13 +161,14 @@ def load(source: str, channels: int, size: Size, data_dir: Path | None = None, s
     """
     if source not in SOURCES:
         raise UsageError(f"unknown data {source!r}; there are {', '.join(SOURCES)}")
+    form = Form(channels, size, *SCALES[source])
     if source == "digits":
         if data_dir is not None:
             raise UsageError("--data-dir: the digits are part of scikit-learn and take no folder")
-        return _digits(channels, size)
+        return _digits(form)
     if data_dir is None:
         raise UsageError(f"--data {source} needs --data-dir, the folder of its files")
-    return SOURCES[source](data_dir, channels, size, seed)
+    return SOURCES[source](data_dir, form, seed)
 
 
 def batches(
@@ -225,26 +245,26 @@ def split(labels: Sequence[int], fractions: Sequence[float], seed: int) -> list[
     return [sorted(part) for part in parts]
 
 
-def _digits(channels: int, size: Size) -> Data:
+def _digits(form: Form) -> Data:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images / 16).float()[:, None]  # [1797, 1, 8, 8]
     labels = torch.from_numpy(bunch.target).long()
     parts = split(labels.tolist(), [0.1, 0.2], SPLIT_SEED)
-    train, val, test = (Images(images[part], labels[part], channels, size) for part in parts)
+    train, val, test = (Images(images[part], labels[part], form) for part in parts)
     return Data(train, val, test, tuple(str(c) for c in range(10)), _fingerprint(images, labels))
 
 
-def _mnist(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
+def _mnist(data_dir: Path, form: Form, seed: int) -> Data:
     from torchvision.datasets import MNIST
 
     names = [Path(name).stem for name, _ in MNIST.resources]
     train, test = _torchvision(MNIST, data_dir, data_dir / "MNIST" / "raw", names)
-    return _with_val(train.data[:, None], train.targets, test.data[:, None], test.targets, channels, size)
+    return _with_val(train.data[:, None], train.targets, test.data[:, None], test.targets, form)
 
 
-def _cifar10(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
+def _cifar10(data_dir: Path, form: Form, seed: int) -> Data:
     from torchvision.datasets import CIFAR10
 
     names = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
@@ -253,7 +273,7 @@ def _cifar10(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
         (torch.from_numpy(one.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(one.targets))
         for one in sets  # data is [N, 32, 32, 3]
     )
-    return _with_val(*train, *test, channels, size)
+    return _with_val(*train, *test, form)
 
 
 def _torchvision(
@@ -289,9 +309,7 @@ def _torchvision(
         raise UsageError(f"{folder}: files are corrupt ({one_line(error)})") from error
 
 
-def _with_val(
-    images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, channels: int, size: Size
-) -> Data:
+def _with_val(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, form: Form) -> Data:
     """The ten classes of MNIST or CIFAR-10; a tenth of the training images becomes val."""
     if len(images) != len(labels) or len(test_images) != len(test_labels):
         raise UsageError(f"{len(images)} images but {len(labels)} labels: the files do not belong together")
@@ -300,15 +318,15 @@ def _with_val(
             raise UsageError(f"label {label} in the files is not one of the ten classes")
     train, val = split(labels.tolist(), [0.1], SPLIT_SEED)
     return Data(
-        Images(images[train], labels[train], channels, size),
-        Images(images[val], labels[val], channels, size),
-        Images(test_images, test_labels, channels, size),
+        Images(images[train], labels[train], form),
+        Images(images[val], labels[val], form),
+        Images(test_images, test_labels, form),
         tuple(str(c) for c in range(10)),
         _fingerprint(images, labels, test_images, test_labels),
     )
 
 
-def _folder(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
+def _folder(data_dir: Path, form: Form, seed: int) -> Data:
     """Class folders below `data_dir`, or below its ``train``, ``val`` and ``test``.
 
     Where there is no ``val``, a tenth of the images becomes val; and where there is no ``test`` either,
@@ -344,9 +362,9 @@ def _folder(data_dir: Path, channels: int, size: Size, seed: int) -> Data:
             line = f"{name} {Path(path).relative_to(data_dir)} {label} {Path(path).stat().st_size}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return Data(
-        ImageFiles(train, channels, size),
-        ImageFiles(parts["val"], channels, size),
-        ImageFiles(parts[test_name], channels, size),
+        ImageFiles(train, form),
+        ImageFiles(parts["val"], form),
+        ImageFiles(parts[test_name], form),
         tuple(classes),
         digest.hexdigest(),
         test_name,
@@ -374,8 +392,8 @@ def _fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-SOURCES: dict[str, Callable[[Path, int, Size, int], Data]] = {
-    "digits": lambda _folder, channels, size, _seed: _digits(channels, size),
+SOURCES: dict[str, Callable[[Path, Form, int], Data]] = {
+    "digits": lambda _folder, form, _seed: _digits(form),
     "mnist": _mnist,
     "cifar10": _cifar10,
     "folder": _folder,

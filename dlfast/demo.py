@@ -121,7 +121,7 @@ def print_table(sides: list[Side]) -> None:
     Console().print(table)
     speed, low, high = speed_ratio(sides)
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no clear difference"
-    print(f"speed of fused over plain, step by step: {speed:.2f}x ({low:.2f} to {high:.2f}): {verdict}")
+    print(f"speed of fused over plain, step by step: {speed:.2f}x ({low:.2f} to {high:.2f}), {verdict}")
     print(f"largest relative difference of the two losses in any step: {largest_difference(sides):.1e}")
     if native.module is None:
         print(f"the fused layers ran as plain PyTorch, since native operators are missing: {native.reason}")

@@ -200,7 +200,7 @@ def test_more_epochs_go_on_from_there(whole, tmp_path):
     fit(small(out, epochs=1))
     fit(small(out, epochs=3, resume=True))
     assert_same_run(out, whole[0])
-    with pytest.raises(UsageError, match="--epochs is 3 in .* and can only grow, got 2"):
+    with pytest.raises(UsageError, match=r"--epochs is 3 in .* and can only grow, got 2"):
         fit(small(out, epochs=2, resume=True))
 
 

@@ -28,6 +28,13 @@ class Native:
     reason: str
     build: dict[str, Any]
 
+    @property
+    def device_types(self) -> frozenset[str]:
+        """Where the compiled operators run; elsewhere the reference does."""
+        if self.module is None:
+            return frozenset()
+        return frozenset({"cpu", "meta", "cuda"} if self.build.get("cuda") else {"cpu", "meta"})
+
 
 def _read_build_info() -> dict[str, Any]:
     if not BUILD_INFO_FILE.exists():
@@ -62,3 +69,4 @@ def load() -> Native:
 
 
 native = load()
+NATIVE_DEVICES = native.device_types

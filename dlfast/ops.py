@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlfast import fake, reference
-from dlfast._native import native
+from dlfast._native import NATIVE_DEVICES, native
 
 Size2 = int | Sequence[int]
 
@@ -103,7 +103,7 @@ def conv_relu_pool2d(
     >>> torch.allclose(y, torch.nn.functional.max_pool2d(plain.relu(), 2), atol=1e-4)
     True
     """
-    if native.module is None:
+    if input.device.type not in NATIVE_DEVICES:
         return reference.conv_relu_pool2d(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,

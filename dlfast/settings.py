@@ -180,10 +180,12 @@ def read_settings(path: Path) -> Settings:
     return settings
 
 
-def make_optimizer(settings: Settings, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
-    """dlfast's optimizer, or PyTorch's where the backend is "torch"."""
+def make_optimizer(
+    settings: Settings, parameters: Iterable[Parameter], fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """dlfast's optimizer, or PyTorch's where the backend is "torch"; `fused` as torch.optim takes it."""
     package: Any = dlfast.optim if settings.backend == "fused" else torch.optim
-    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": fused}
     if settings.optimizer == "sgd":
         options["momentum"] = settings.momentum
     kinds = {"sgd": package.SGD, "adam": package.Adam, "adamw": package.AdamW}

@@ -33,9 +33,25 @@ struct Geometry {
   Pair pool_size, pool_stride, pool_padding;
   bool ceil_mode;
 
-  static Pair pair(IntArrayRef value) {
-    TORCH_CHECK(value.size() == 2, "conv_relu_pool2d: expected pairs of ints, got ", value);
+  static Pair pair(const char* name, IntArrayRef value) {
+    TORCH_CHECK(value.size() == 2, "conv_relu_pool2d: ", name, " must be an int or a pair of ints, got ",
+                value);
     return {value[0], value[1]};
+  }
+
+  static Geometry of(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                     OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                     IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
+    return {pair("stride", stride),
+            pair("padding", padding),
+            pair("dilation", dilation),
+            groups,
+            activation,
+            pool,
+            pair("pool_size", pool_size),
+            pair("pool_stride", pool_stride),
+            pair("pool_padding", pool_padding),
+            ceil_mode};
   }
 
   void save(AutogradContext* ctx) const {
@@ -133,6 +149,11 @@ Geometry pooling_only(OptionalName activation, OptionalName pool, IntArrayRef po
 // What backward is given as the code: without pooling ReLU's own output tells where gradient passes.
 const Tensor& code_of(const Geometry& g, const Tensor& output, const Tensor& code) {
   return !g.pool && g.activation ? output : code;
+}
+
+void check_layout(const char* name, const Tensor& tensor) {
+  TORCH_CHECK(tensor.layout() == at::kStrided, "conv_relu_pool2d: ", name,
+              " must be a dense tensor, got layout ", tensor.layout());
 }
 
 // A bias that is not there is no input that autograd counts.
@@ -254,16 +275,8 @@ std::tuple<Tensor, Tensor> forward_autograd(const Tensor& input, const Tensor& w
                                             OptionalName activation, OptionalName pool, IntArrayRef pool_size,
                                             IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
                                             bool save_code) {
-  const Geometry g{Geometry::pair(stride),
-                   Geometry::pair(padding),
-                   Geometry::pair(dilation),
-                   groups,
-                   activation,
-                   pool,
-                   Geometry::pair(pool_size),
-                   Geometry::pair(pool_stride),
-                   Geometry::pair(pool_padding),
-                   ceil_mode};
+  const Geometry g = Geometry::of(stride, padding, dilation, groups, activation, pool, pool_size, pool_stride,
+                                  pool_padding, ceil_mode);
   const variable_list results = ConvReluPool::apply(input, weight, bias, g, save_code);
   return {results[0], results[1]};
 }
@@ -273,16 +286,8 @@ Triple backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& 
                          OptionalName activation, OptionalName pool, IntArrayRef pool_size,
                          IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
                          std::array<bool, 3> mask) {
-  const Geometry g{Geometry::pair(stride),
-                   Geometry::pair(padding),
-                   Geometry::pair(dilation),
-                   groups,
-                   activation,
-                   pool,
-                   Geometry::pair(pool_size),
-                   Geometry::pair(pool_stride),
-                   Geometry::pair(pool_padding),
-                   ceil_mode};
+  const Geometry g = Geometry::of(stride, padding, dilation, groups, activation, pool, pool_size, pool_stride,
+                                  pool_padding, ceil_mode);
   const bool differentiate =
       at::GradMode::is_enabled() && (grad.requires_grad() || input.requires_grad() || weight.requires_grad());
   if (!differentiate) {
@@ -329,16 +334,12 @@ Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Optiona
                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                         OptionalName activation, OptionalName pool, IntArrayRef pool_size,
                         at::OptionalIntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
-  const Geometry g{Geometry::pair(stride),
-                   Geometry::pair(padding),
-                   Geometry::pair(dilation),
-                   groups,
-                   activation,
-                   pool,
-                   Geometry::pair(pool_size),
-                   Geometry::pair(pool_stride ? *pool_stride : pool_size),
-                   Geometry::pair(pool_padding),
-                   ceil_mode};
+  const Geometry g =
+      Geometry::of(stride, padding, dilation, groups, activation, pool, pool_size,
+                   pool_stride ? IntArrayRef(*pool_stride) : pool_size, pool_padding, ceil_mode);
+  // Before dispatch, which would only say that there is no such kernel.
+  check_layout("input", input);
+  check_layout("weight", weight);
   const bool save_code = at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() ||
                                                         (bias && bias->defined() && bias->requires_grad()));
   if (input.dim() == 3)

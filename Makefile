@@ -1,0 +1,41 @@
+# The verbs people type. `make test` and `make demo` make the environment first, where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+
+.PHONY: env demo test bench lint format clean
+
+env: .venv/.installed
+
+# torch comes first and the package is built against it: with build isolation pip would fetch a second torch.
+.venv/.installed: pyproject.toml setup.py $(CPP)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dlfast needs Python 3.10 or later")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
+	$(BIN)/pip install --quiet 'torch>=2.14' torchvision
+	$(BIN)/pip install --no-build-isolation --verbose -e '.[dev]' > .venv/build.log 2>&1 || { tail -n 50 .venv/build.log; exit 1; }
+	@grep -o 'dlfast: built for .*' .venv/build.log | tail -n 1
+	@touch $@
+
+demo: env
+	$(BIN)/dlfast demo
+
+test: env
+	$(BIN)/python -m pytest
+
+bench: env
+	$(BIN)/dlfast bench
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/python .ci/check_seams.py
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf .venv build dlfast/_C.*.so dlfast/_build_info.json

@@ -1,0 +1,77 @@
+"""``dlfast bench``: choose what to measure, measure it, print and write the results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dlfast.bench import problems, protocol, report
+from dlfast.errors import UsageError
+from dlfast.files import write_whole
+from dlfast.models import NETWORKS
+
+TARGETS = [*NETWORKS, "layers", "optim"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dlfast bench``."""
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", choices=[*TARGETS, []],
+        help=f"any of {', '.join(TARGETS)} (default: the five networks)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="timed calls of each (default: 30)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of the networks (default: their articles')")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: torch's own choice)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: auto)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    parser.add_argument("--out", type=Path, default=Path("bench"), metavar="DIR", help="(default: bench)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``dlfast bench`` with parsed options; the exit status."""
+    for option in ("rounds", "batch_size", "threads"):
+        value = getattr(args, option)
+        least = 2 if option == "rounds" else 1  # quartiles need two
+        if value is not None and value < least:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    device = _device(args.device)
+    for package in ("rich", "matplotlib"):  # say at once, not after minutes of measuring, that one is missing
+        importlib.import_module(package)
+    protocol.set_threads(args.threads)
+    facts = protocol.machine()
+    rows, ratios, notes = [], [], []
+    for problem in _problems(args, device):
+        print(f"{problem.name} ...", flush=True)
+        more_rows, more_ratios = protocol.measure(problem, args.rounds)
+        rows += more_rows
+        ratios += more_ratios
+        notes += [f"{problem.name}: {note}" for note in problem.notes]
+    facts["load average after"] = protocol.load_average()
+    result = protocol.Report(facts, rows, ratios, notes)
+    report.print_tables(result)
+    name = "-".join(args.targets) or "networks"
+    write_whole(args.out / f"{name}.json", report.to_json(result))
+    write_whole(args.out / f"{name}.png", report.figure(result))
+    print(f"written: {args.out / name}.json and .png")
+    return 0
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Problem]:
+    torch.manual_seed(0)
+    targets = args.targets or list(NETWORKS)
+    compile = not args.no_compile
+    yield from problems.networks([t for t in targets if t in NETWORKS], args.batch_size, compile, device)
+    if "layers" in targets:
+        yield from problems.blocks(compile, device)
+    if "optim" in targets:
+        yield from problems.optimizers(device)

@@ -1,0 +1,119 @@
+"""How it is measured: variants in turn, medians and quartiles, ratios round by round."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import dlfast.info
+from dlfast.bench.problems import Problem, Variant
+from dlfast.measure import alternate, peak_bytes, saved_bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one problem: seconds are quartiles over the rounds, bytes are of one call."""
+
+    problem: str
+    quantity: str
+    variant: str
+    ours: bool
+    seconds: float
+    low: float
+    high: float
+    saved_bytes: int | None  # kept for backward beyond input and parameters; None: not weighed
+    peak_bytes: int | None  # allocated at once beyond what was there before
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The fastest variant of PyTorch over the fastest of dlfast, round by round; above 1 we are faster."""
+
+    problem: str
+    quantity: str
+    ours: str
+    theirs: str
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything one run has measured, with the machine it was measured on."""
+
+    machine: dict[str, str]
+    rows: list[Row]
+    ratios: list[Ratio]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_average() -> str:
+    """Of the last minute: what else the machine was doing."""
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def machine() -> dict[str, str]:
+    """The facts of ``dlfast info`` that a figure depends on, and the load before the run."""
+    facts = dlfast.info.facts()
+    kept = ("dlfast", "python", "torch", "CPU", "threads", "GPU", "SIMD level", "PyTorch's SIMD level", "operating system")
+    return {**{key: facts[key] for key in kept}, "load average before": load_average()}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile.
+
+    >>> quartiles([3.0, 1.0, 2.0, 5.0, 4.0])
+    (3.0, 1.5, 4.5)
+    """
+    low, median, high = statistics.quantiles(values, n=4)
+    return median, low, high
+
+
+def measure(problem: Problem, rounds: int) -> tuple[list[Row], list[Ratio]]:
+    """Time and weigh every variant of `problem`."""
+    rows, ratios = [], []
+    quantities = list(problem.variants[0].calls)
+    for quantity in quantities:
+        seconds = alternate([variant.calls[quantity] for variant in problem.variants], rounds)
+        for variant, times in zip(problem.variants, seconds, strict=True):
+            rows.append(_row(problem, quantity, variant, times))
+        ratios.append(_ratio(problem, quantity, dict(zip(problem.variants_by_name(), seconds, strict=True))))
+    return rows, ratios
+
+
+def _row(problem: Problem, quantity: str, variant: Variant, times: list[float]) -> Row:
+    median, low, high = quartiles(times)
+    trains = quantity in ("training step", "forward + backward")
+    saved = None
+    if trains and variant.module is not None and variant.input is not None:
+        saved = saved_bytes(variant.module, variant.input)
+    peak = peak_bytes(variant.calls[quantity]) if trains else None
+    return Row(problem.name, quantity, variant.name, variant.ours, median, low, high, saved, peak)
+
+
+def _ratio(problem: Problem, quantity: str, seconds: dict[str, list[float]]) -> Ratio:
+    def fastest(ours: bool) -> str:
+        names = [variant.name for variant in problem.variants if variant.ours is ours]
+        return min(names, key=lambda name: statistics.median(seconds[name]))
+
+    ours, theirs = fastest(True), fastest(False)
+    median, low, high = quartiles([t / o for o, t in zip(seconds[ours], seconds[theirs], strict=True)])
+    return Ratio(problem.name, quantity, ours, theirs, median, low, high)
+
+
+def geometric_mean(ratios: list[Ratio]) -> float:
+    """Of the medians."""
+    return statistics.geometric_mean(ratio.median for ratio in ratios)
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,126 @@
+"""What the block does not accept is refused by name, before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dlfast
+from dlfast import _native
+
+pytestmark = pytest.mark.skipif(
+    _native.native.module is None, reason="without the extension PyTorch's own checks speak"
+)
+
+X = torch.randn(2, 4, 8, 8)
+W = torch.randn(6, 4, 3, 3)
+B = torch.randn(6)
+
+REFUSED = [
+    ("input", RuntimeError, lambda: dlfast.conv_relu_pool2d(X[0, 0], W)),
+    ("weight", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W[0])),
+    ("weight", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W[0], padding="same")),
+    ("channels", RuntimeError, lambda: dlfast.conv_relu_pool2d(X[:, :3], W)),
+    ("groups", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, groups=4)),
+    ("groups", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, groups=0)),
+    ("bias", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, B[:5])),
+    ("bias", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, B[:, None])),
+    ("stride", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, stride=0)),
+    ("stride", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, stride=(1, -1))),
+    ("stride", (RuntimeError, ValueError), lambda: dlfast.conv_relu_pool2d(X, W, stride=(1, 1, 1))),
+    ("padding", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, padding=-1)),
+    ("padding", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, padding=2**40)),
+    ("padding", ValueError, lambda: dlfast.conv_relu_pool2d(X, W, padding="half")),
+    ("padding", ValueError, lambda: dlfast.conv_relu_pool2d(X, W, padding="same", stride=2)),
+    ("dilation", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, dilation=0)),
+    ("larger than the padded input", RuntimeError, lambda: dlfast.conv_relu_pool2d(X[:, :, :2], W)),
+    ("larger than the padded input", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, dilation=4)),
+    ("pool_size", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_size=0)),
+    ("pool_size", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_size=7)),
+    ("pool_stride", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_stride=0)),
+    ("pool_padding", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_padding=2)),
+    ("pool_padding", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_padding=-1)),
+    ("pool", ValueError, lambda: dlfast.conv_relu_pool2d(X, W, pool="sum")),
+    ("activation", ValueError, lambda: dlfast.conv_relu_pool2d(X, W, activation="gelu")),
+    ("input", RuntimeError, lambda: dlfast.conv_relu_pool2d(X[:, :, :0], W, padding=2)),
+    ("weight", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W[:0])),
+    ("weight", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W.double())),
+    ("bias", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, B.half())),
+    ("input", NotImplementedError, lambda: dlfast.conv_relu_pool2d(X.long(), W.long())),
+    ("input", NotImplementedError, lambda: dlfast.conv_relu_pool2d(X.to(torch.complex64), W.to(torch.complex64))),
+    ("input", RuntimeError, lambda: dlfast.conv_relu_pool2d(X.to_sparse(), W)),
+    ("weight", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W.to_sparse())),
+]
+
+
+@pytest.mark.parametrize(("named", "error", "call"), REFUSED, ids=[f"{i}-{r[0]}" for i, r in enumerate(REFUSED)])
+def test_refused_by_name(named, error, call):
+    with pytest.raises(error, match=named):
+        call()
+
+
+BACKWARD = {"window": ["relu", "max", [2, 2], [2, 2], [0, 0], False]}
+
+
+@pytest.mark.parametrize(
+    ("named", "grad", "code"),
+    [
+        ("grad_output", torch.ones(2, 6, 4, 4), torch.zeros(2, 6, 3, 3, dtype=torch.uint8)),
+        ("code", torch.ones(2, 6, 3, 3), torch.zeros(2, 6, 3, 2, dtype=torch.uint8)),
+        ("code", torch.ones(2, 6, 3, 3), torch.zeros(2, 6, 3, 3)),
+        ("code", torch.ones(2, 6, 3, 3), torch.zeros(0, dtype=torch.uint8)),
+    ],
+)
+def test_backward_operator_checks_what_it_reads(named, grad, code):
+    """The operator is public in torch.ops: a code that does not fit must not be read out of bounds."""
+    with pytest.raises(RuntimeError, match=named):
+        torch.ops.dlfast._conv_relu_pool2d_backward(
+            grad, X, W, code, [1, 1], [0, 0], [1, 1], 1, *BACKWARD["window"], [True, True, True]
+        )
+    with pytest.raises(RuntimeError, match=named):
+        torch.ops.dlfast._relu_pool2d_backward(grad, code, [6, 6], *BACKWARD["window"])
+
+
+@pytest.mark.parametrize("plan", ["direct", "epilogue"])
+def test_expanded_and_overlapping_tensors(plan, monkeypatch):
+    monkeypatch.setenv("DLFAST_PLAN", plan)
+    expanded = torch.randn(1, 1, 8, 8).expand(2, 4, 8, 8)
+    overlapping = torch.randn(200).as_strided((2, 4, 8, 8), (16, 4, 2, 1))
+    for input in (expanded, overlapping):
+        torch.testing.assert_close(
+            dlfast.conv_relu_pool2d(input, W, B), dlfast.reference.conv_relu_pool2d(input, W, B)
+        )
+
+
+def test_unknown_plan_is_refused(monkeypatch):
+    monkeypatch.setenv("DLFAST_PLAN", "fastest")
+    with pytest.raises((RuntimeError, ValueError), match="DLFAST_PLAN"):
+        dlfast.conv_relu_pool2d(X, W)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dlfast.nn.ConvReLUPool2d(3, 8, 3, pool="median"),
+        lambda: dlfast.nn.ConvReLUPool2d(3, 8, 3, activation="tanh"),
+        lambda: dlfast.nn.ConvReLUPool2d(3, 8, 3, pool_size=0),
+        lambda: dlfast.nn.ConvReLUPool2d(3, 8, 3, pool_padding=2),
+        lambda: dlfast.nn.ConvReLUPool2d(3, 8, 3, groups=2),
+        lambda: dlfast.nn.ConvReLUPool2d.from_modules(torch.nn.Conv2d(1, 1, 1), torch.nn.MaxPool2d(2, dilation=2)),
+    ],
+)
+def test_modules_refuse(make):
+    with pytest.raises(ValueError, match=r"pool|activation|groups|divisible"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("conv", "pool"),
+    [
+        (torch.nn.ConvTranspose2d(1, 1, 1), torch.nn.MaxPool2d(2)),
+        (torch.nn.Conv2d(1, 1, 1), torch.nn.AdaptiveMaxPool2d(2)),
+    ],
+)
+def test_from_modules_refuses_other_layers(conv, pool):
+    with pytest.raises(TypeError, match="must be an nn"):
+        dlfast.nn.ConvReLUPool2d.from_modules(conv, pool)

@@ -134,16 +134,8 @@ Tensor call_transpose(const Tensor& grad, const Tensor& code, const Geometry& g)
 
 Geometry pooling_only(OptionalName activation, OptionalName pool, IntArrayRef pool_size,
                       IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
-  return {{1, 1},
-          {0, 0},
-          {1, 1},
-          1,
-          activation,
-          pool,
-          Geometry::pair(pool_size),
-          Geometry::pair(pool_stride),
-          Geometry::pair(pool_padding),
-          ceil_mode};
+  return Geometry::of({1, 1}, {0, 0}, {1, 1}, 1, activation, pool, pool_size, pool_stride, pool_padding,
+                      ceil_mode);
 }
 
 // What backward is given as the code: without pooling ReLU's own output tells where gradient passes.

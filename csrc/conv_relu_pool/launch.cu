@@ -35,7 +35,7 @@ void launch(const Body& body, Launch how) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-int64_t ceil_div(int64_t a, int64_t b) {
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 

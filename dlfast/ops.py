@@ -1,4 +1,4 @@
-"""The functional operator, and what PyTorch needs to know of the compiled ones (fake kernels)."""
+"""The functional operator."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlfast import reference
+from dlfast import fake, reference
 from dlfast._native import native
 
 Size2 = int | Sequence[int]
+
+if native.module is not None:
+    fake.register()
 
 
 def same_padding(
@@ -55,6 +58,51 @@ def conv_relu_pool2d(
     pool_padding: Size2 = 0,
     ceil_mode: bool = False,
 ) -> Tensor:
+    """Convolution, then ReLU, then pooling, as one operator.
+
+    What it computes is ``pool(activation(conv2d(input, weight, bias)))``. For max pooling, backward keeps
+    beside `input` and `weight` only one byte per pooled element (which position of the window won), not the
+    output of the convolution or of the ReLU: ReLU and max commute, so the maximum can be taken first. For
+    average pooling after ReLU it keeps one bit per element of the convolution output; without pooling the
+    output itself.
+
+    In an exact tie the first position of the window, row by row, takes the gradient, and ReLU's gradient at 0
+    is 0, as in PyTorch. Where two values of a window differ by less than rounding, either may win; in 16-bit
+    dtypes they may be compared before they are rounded. NaN and infinities propagate as in PyTorch. Results
+    are the same from run to run for a given number of threads.
+
+    Args:
+        input: :math:`(N, C, H, W)` or :math:`(C, H, W)`; float32, float64, bfloat16 or float16, any strides.
+        weight: :math:`(K, C / groups, kh, kw)`, of the dtype and device of `input`.
+        bias: :math:`(K)`, or None.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, ``padding`` in pixels, as
+            a pair, or "same" or "valid".
+        activation: "relu" or None.
+        pool: "max", "avg" or None.
+        pool_size, pool_stride, pool_padding, ceil_mode: as ``kernel_size``, ``stride``, ``padding`` and
+            ``ceil_mode`` of :func:`torch.nn.functional.max_pool2d` and ``avg_pool2d``; ``pool_stride=None``
+            means ``pool_size``. Padding counts in an average (``count_include_pad=True``).
+
+    Returns:
+        :math:`(N, K, PH, PW)`, or :math:`(K, PH, PW)` for unbatched input, in the memory format that PyTorch
+        would give.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+        ValueError: ``activation``, ``pool`` or ``padding`` is none of the accepted names.
+        NotImplementedError: a dtype that is not accepted (integers, complex).
+
+    Below autocast it runs in the autocast dtype, as ``conv2d`` does.
+
+    >>> import torch, dlfast
+    >>> x, weight = torch.randn(8, 3, 32, 32), torch.randn(16, 3, 5, 5)
+    >>> y = dlfast.conv_relu_pool2d(x, weight, padding=2)
+    >>> y.shape
+    torch.Size([8, 16, 16, 16])
+    >>> plain = torch.nn.functional.conv2d(x, weight, padding=2)
+    >>> torch.allclose(y, torch.nn.functional.max_pool2d(plain.relu(), 2), atol=1e-4)
+    True
+    """
     if native.module is None:
         return reference.conv_relu_pool2d(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,

@@ -1,8 +1,9 @@
 // Which SIMD level the CPU kernels run at: chosen once per process, one binary for all machines.
 //
-// A file cpu_*.cpp holds the bodies of one level. It includes what it needs first, then expands
-// DLFAST_TARGET_AVX2 or DLFAST_TARGET_AVX512 and includes the body, so that only our own code, and no
-// inline function of a header that other files share, is compiled for the higher level.
+// A file cpu_<level>.cpp compiles the bodies of one level. It includes every shared header first, then
+// expands DLFAST_TARGET_AVX2 or DLFAST_TARGET_AVX512, and only then includes common/vec.h and the bodies:
+// no inline function that other files share may be compiled for the higher level, and the compiler lowers
+// vector types by the target of the function they stand in, so vec.h must come after.
 #pragma once
 
 #include <cstdlib>
@@ -14,6 +15,22 @@
 #define DLFAST_X86 1
 #else
 #define DLFAST_X86 0
+#endif
+
+// GCC ends a target with the file, clang wants the pop.
+#if defined(__clang__)
+#define DLFAST_TARGET_AVX2 \
+  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
+#define DLFAST_TARGET_AVX512                                                      \
+  _Pragma(                                                                        \
+      "clang attribute push(__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl\"))), " \
+      "apply_to = function)")
+#define DLFAST_TARGET_END _Pragma("clang attribute pop")
+#else
+#define DLFAST_TARGET_AVX2 _Pragma("GCC target(\"avx2,fma,f16c\")")
+#define DLFAST_TARGET_AVX512 \
+  _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512\")")
+#define DLFAST_TARGET_END
 #endif
 
 namespace dlfast {

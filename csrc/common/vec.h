@@ -1,28 +1,16 @@
 // A SIMD vector of N numbers, on the compiler's own vector types: one source for every level.
 //
 // Vec<float, 8> is one AVX register, Vec<float, 16> one AVX-512 register; the compiler splits what is
-// wider than the target. `a * b + c` contracts to a fused multiply-add where the target has one.
-// No Torch, no tensors.
+// wider than the target. `a * b + c` contracts to a fused multiply-add where the target has one; `a < b`
+// gives a vector of integers, all ones where true, that `mask ? a : b` takes.
+// Include it after the target of the level is set (see simd.h). No Torch, no tensors.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #define DLFAST_INLINE inline __attribute__((always_inline))
-
-// What follows in the file is compiled for the level. GCC ends it with the file, clang wants the pop.
-#if defined(__clang__)
-#define DLFAST_TARGET_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
-#define DLFAST_TARGET_AVX512 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl\"))), apply_to = function)")
-#define DLFAST_TARGET_END _Pragma("clang attribute pop")
-#else
-#define DLFAST_TARGET_AVX2 _Pragma("GCC target(\"avx2,fma,f16c\")")
-#define DLFAST_TARGET_AVX512 \
-  _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512\")")
-#define DLFAST_TARGET_END
-#endif
+#define DLFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dlfast {
 

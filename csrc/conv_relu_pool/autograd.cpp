@@ -1,0 +1,344 @@
+// What stands above the backends: the public operator as a composite, its autograd and its autocast.
+//
+// Everything here takes symbolic sizes, so that torch.compile and torch.export trace through it.
+#include <ATen/Functions.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+namespace dlfast {
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using OptionalName = std::optional<std::string_view>;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// The arguments between the tensors and the flags, as one value that autograd can keep.
+struct Geometry {
+  std::vector<SymInt> stride, padding, dilation;
+  SymInt groups;
+  OptionalName activation, pool;
+  std::vector<SymInt> pool_size, pool_stride, pool_padding;
+  bool ceil_mode;
+
+  static std::vector<SymInt> pair(SymIntArrayRef value) { return {value.begin(), value.end()}; }
+  static int64_t code(OptionalName name) { return !name ? 0 : *name == "avg" ? 2 : 1; }
+  static OptionalName activation_of(int64_t code) { return code == 0 ? OptionalName() : "relu"; }
+  static OptionalName pool_of(int64_t code) {
+    return code == 0 ? OptionalName() : code == 2 ? OptionalName("avg") : OptionalName("max");
+  }
+
+  void save(AutogradContext* ctx) const {
+    std::vector<SymInt> flat;
+    for (const auto* values : {&stride, &padding, &dilation, &pool_size, &pool_stride, &pool_padding}) {
+      flat.insert(flat.end(), values->begin(), values->end());
+    }
+    flat.push_back(groups);
+    flat.emplace_back(code(activation));
+    flat.emplace_back(code(pool));
+    flat.emplace_back(static_cast<int64_t>(ceil_mode));
+    ctx->saved_data["geometry"] = SymIntArrayRef(flat);
+  }
+  static Geometry restore(AutogradContext* ctx) {
+    const std::vector<SymInt> flat = ctx->saved_data["geometry"].toSymIntVector();
+    const auto at = [&](size_t i) { return std::vector<SymInt>(flat.begin() + 2 * i, flat.begin() + 2 * i + 2); };
+    return {at(0), at(1), at(2), flat[12], activation_of(flat[13].expect_int()), pool_of(flat[14].expect_int()),
+            at(3), at(4), at(5), flat[15].expect_int() != 0};
+  }
+};
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                    SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt,
+                                                    OptionalName, OptionalName, SymIntArrayRef, SymIntArrayRef,
+                                                    SymIntArrayRef, bool, bool);
+using BackwardSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, SymIntArrayRef,
+                                 SymIntArrayRef, SymIntArrayRef, SymInt, OptionalName, OptionalName,
+                                 SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, std::array<bool, 3>);
+using ExpandSignature = Tensor(const Tensor&, const Tensor&, SymIntArrayRef, OptionalName, OptionalName,
+                               SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool);
+using TransposeSignature = Tensor(const Tensor&, const Tensor&, OptionalName, OptionalName, SymIntArrayRef,
+                                  SymIntArrayRef, SymIntArrayRef, bool);
+using EpilogueSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, OptionalName,
+                                                     OptionalName, SymIntArrayRef, SymIntArrayRef,
+                                                     SymIntArrayRef, bool, bool);
+
+std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                        const Geometry& g, bool save_code) {
+  static const auto op = find<ForwardSignature>("dlfast::_conv_relu_pool2d");
+  return op.call(input, weight, bias, g.stride, g.padding, g.dilation, g.groups, g.activation, g.pool,
+                 g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode, save_code);
+}
+
+Triple call_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& code,
+                     const Geometry& g, std::array<bool, 3> mask) {
+  static const auto op = find<BackwardSignature>("dlfast::_conv_relu_pool2d_backward");
+  return op.call(grad, input, weight, code, g.stride, g.padding, g.dilation, g.groups, g.activation, g.pool,
+                 g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode, mask);
+}
+
+std::tuple<Tensor, Tensor> call_epilogue(const Tensor& input, const OptionalTensor& bias, const Geometry& g,
+                                         bool save_code) {
+  static const auto op = find<EpilogueSignature>("dlfast::_relu_pool2d");
+  return op.call(input, bias, g.activation, g.pool, g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode,
+                 save_code);
+}
+
+Tensor call_expand(const Tensor& grad, const Tensor& code, SymIntArrayRef input_size, const Geometry& g) {
+  static const auto op = find<ExpandSignature>("dlfast::_relu_pool2d_backward");
+  return op.call(grad, code, input_size, g.activation, g.pool, g.pool_size, g.pool_stride, g.pool_padding,
+                 g.ceil_mode);
+}
+
+Tensor call_transpose(const Tensor& grad, const Tensor& code, const Geometry& g) {
+  static const auto op = find<TransposeSignature>("dlfast::_relu_pool2d_transpose");
+  return op.call(grad, code, g.activation, g.pool, g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode);
+}
+
+Geometry pooling_only(OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
+                      SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool ceil_mode) {
+  const std::vector<SymInt> one = {1, 1}, zero = {0, 0};
+  return {one, zero, one, 1, activation, pool, Geometry::pair(pool_size), Geometry::pair(pool_stride),
+          Geometry::pair(pool_padding), ceil_mode};
+}
+
+// What backward is given as the code: without pooling ReLU's own output tells where gradient passes.
+const Tensor& code_of(const Geometry& g, const Tensor& output, const Tensor& code) {
+  return !g.pool && g.activation ? output : code;
+}
+
+Tensor defined_if(bool wanted, const Tensor& tensor) {
+  return wanted ? tensor : Tensor();
+}
+
+// Sizes [H, W] of the convolution output.
+std::vector<SymInt> convolution_size(const Tensor& input, const Tensor& weight, const Geometry& g) {
+  std::vector<SymInt> size;
+  for (const int axis : {0, 1}) {
+    const SymInt reach = g.dilation[axis] * (weight.sym_size(2 + axis) - 1) + 1;
+    size.push_back((input.sym_size(2 + axis) + g.padding[axis] * 2 - reach) / g.stride[axis] + 1);
+  }
+  return size;
+}
+
+// ---- Derivatives --------------------------------------------------------------------------------------
+
+struct ConvReluPool : torch::autograd::Function<ConvReluPool> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                               const OptionalTensor& bias, const Geometry& g, bool save_code) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, code] = call_forward(input, weight, bias, g, save_code);
+    ctx->save_for_backward({input, weight, code_of(g, output, code)});
+    ctx->mark_non_differentiable({code});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["saved"] = save_code;
+    g.save(ctx);
+    return {output, code};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(5);
+    TORCH_CHECK(ctx->saved_data["saved"].toBool(),
+                "conv_relu_pool2d: backward needs the code, but the forward ran with save_code=False");
+    const Geometry g = Geometry::restore(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    const auto [grad_input, grad_weight, grad_bias] = call_backward(grads[0], saved[0], saved[1], saved[2], g, mask);
+    return {defined_if(mask[0], grad_input), defined_if(mask[1], grad_weight), defined_if(mask[2], grad_bias), {},
+            {}};
+  }
+};
+
+struct Epilogue : torch::autograd::Function<Epilogue> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& bias,
+                               const Geometry& g, bool save_code) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, code] = call_epilogue(input, bias, g, save_code);
+    ctx->save_for_backward({code_of(g, output, code)});
+    ctx->mark_non_differentiable({code});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["saved"] = save_code;
+    ctx->saved_data["size"] = SymIntArrayRef({input.sym_size(2), input.sym_size(3)});
+    g.save(ctx);
+    return {output, code};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(4);
+    TORCH_CHECK(ctx->saved_data["saved"].toBool(),
+                "relu_pool2d: backward needs the code, but the forward ran with save_code=False");
+    const std::vector<SymInt> size = ctx->saved_data["size"].toSymIntVector();
+    const Tensor grad = call_expand(grads[0], ctx->get_saved_variables()[0], size, Geometry::restore(ctx));
+    const Tensor grad_bias = ctx->needs_input_grad(1) ? grad.sum({0, 2, 3}) : Tensor();
+    return {defined_if(ctx->needs_input_grad(0), grad), grad_bias, {}, {}};
+  }
+};
+
+// The gradient is linear in grad_output for a given code, so these two are each other's derivative.
+struct Expand : torch::autograd::Function<Expand> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& code,
+                        const std::vector<SymInt>& input_size, const Geometry& g) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({code});
+    g.save(ctx);
+    return call_expand(grad, code, input_size, g);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return {call_transpose(grads[0], ctx->get_saved_variables()[0], Geometry::restore(ctx)), {}, {}, {}};
+  }
+};
+
+struct Transpose : torch::autograd::Function<Transpose> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& code, const Geometry& g) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({code});
+    ctx->saved_data["size"] = SymIntArrayRef({grad.sym_size(2), grad.sym_size(3)});
+    g.save(ctx);
+    return call_transpose(grad, code, g);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const std::vector<SymInt> size = ctx->saved_data["size"].toSymIntVector();
+    return {call_expand(grads[0], ctx->get_saved_variables()[0], size, Geometry::restore(ctx)), {}, {}};
+  }
+};
+
+// ---- Kernels of the Autograd key ----------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> forward_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                            SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                            SymInt groups, OptionalName activation, OptionalName pool,
+                                            SymIntArrayRef pool_size, SymIntArrayRef pool_stride,
+                                            SymIntArrayRef pool_padding, bool ceil_mode, bool save_code) {
+  const Geometry g{Geometry::pair(stride),       Geometry::pair(padding),     Geometry::pair(dilation),
+                   std::move(groups),            activation,                  pool,
+                   Geometry::pair(pool_size),    Geometry::pair(pool_stride), Geometry::pair(pool_padding),
+                   ceil_mode};
+  const variable_list results = ConvReluPool::apply(input, weight, bias, g, save_code);
+  return {results[0], results[1]};
+}
+
+Triple backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& code,
+                         SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                         OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
+                         SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool ceil_mode,
+                         std::array<bool, 3> mask) {
+  const Geometry g{Geometry::pair(stride),       Geometry::pair(padding),     Geometry::pair(dilation),
+                   std::move(groups),            activation,                  pool,
+                   Geometry::pair(pool_size),    Geometry::pair(pool_stride), Geometry::pair(pool_padding),
+                   ceil_mode};
+  const bool differentiate = at::GradMode::is_enabled() &&
+                             (grad.requires_grad() || input.requires_grad() || weight.requires_grad());
+  if (!differentiate) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_backward(grad, input, weight, code, g, mask);
+  }
+  // Second derivatives go through pieces that PyTorch or we can differentiate again.
+  const Tensor dense = call_expand(grad, code.detach(), convolution_size(input, weight, g), g);
+  const auto [grad_input, grad_weight, grad_bias] = at::convolution_backward_symint(
+      dense, input, weight, std::vector<SymInt>{weight.sym_size(0)}, g.stride, g.padding, g.dilation,
+      /*transposed=*/false, /*output_padding=*/std::vector<SymInt>{0, 0}, g.groups, mask);
+  const auto or_nothing = [&](bool wanted, const Tensor& t) { return wanted ? t : at::empty({0}, input.options()); };
+  return {or_nothing(mask[0], grad_input), or_nothing(mask[1], grad_weight), or_nothing(mask[2], grad_bias)};
+}
+
+std::tuple<Tensor, Tensor> epilogue_autograd(const Tensor& input, const OptionalTensor& bias,
+                                             OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
+                                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding,
+                                             bool ceil_mode, bool save_code) {
+  const Geometry g = pooling_only(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode);
+  const variable_list results = Epilogue::apply(input, bias, g, save_code);
+  return {results[0], results[1]};
+}
+
+Tensor expand_autograd(const Tensor& grad, const Tensor& code, SymIntArrayRef input_size, OptionalName activation,
+                       OptionalName pool, SymIntArrayRef pool_size, SymIntArrayRef pool_stride,
+                       SymIntArrayRef pool_padding, bool ceil_mode) {
+  const Geometry g = pooling_only(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode);
+  return Expand::apply(grad, code, Geometry::pair(input_size), g);
+}
+
+Tensor transpose_autograd(const Tensor& grad, const Tensor& code, OptionalName activation, OptionalName pool,
+                          SymIntArrayRef pool_size, SymIntArrayRef pool_stride, SymIntArrayRef pool_padding,
+                          bool ceil_mode) {
+  return Transpose::apply(grad, code,
+                          pooling_only(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode));
+}
+
+// ---- The public operator ------------------------------------------------------------------------------
+
+Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                        OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
+                        at::OptionalSymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool ceil_mode) {
+  const Geometry g{Geometry::pair(stride),
+                   Geometry::pair(padding),
+                   Geometry::pair(dilation),
+                   std::move(groups),
+                   activation,
+                   pool,
+                   Geometry::pair(pool_size),
+                   Geometry::pair(pool_stride ? *pool_stride : pool_size),
+                   Geometry::pair(pool_padding),
+                   ceil_mode};
+  const bool save_code = at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() ||
+                                                        (bias && bias->defined() && bias->requires_grad()));
+  if (input.dim() == 3) return std::get<0>(call_forward(input.unsqueeze(0), weight, bias, g, save_code)).squeeze(0);
+  return std::get<0>(call_forward(input, weight, bias, g, save_code));
+}
+
+// As autocast does for conv2d: run in the lower precision.
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor conv_relu_pool2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                 SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                 SymInt groups, OptionalName activation, OptionalName pool,
+                                 SymIntArrayRef pool_size, at::OptionalSymIntArrayRef pool_stride,
+                                 SymIntArrayRef pool_padding, bool ceil_mode) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
+  using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
+                           SymIntArrayRef, SymInt, OptionalName, OptionalName, SymIntArrayRef,
+                           at::OptionalSymIntArrayRef, SymIntArrayRef, bool);
+  static const auto op = find<Signature>("dlfast::conv_relu_pool2d");
+  return op.call(cast(input), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, stride, padding, dilation,
+                 std::move(groups), activation, pool, pool_size, pool_stride, pool_padding, ceil_mode);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlfast, CompositeImplicitAutograd, m) {
+  m.impl("conv_relu_pool2d", conv_relu_pool2d);
+}
+
+TORCH_LIBRARY_IMPL(dlfast, Autograd, m) {
+  m.impl("_conv_relu_pool2d", forward_autograd);
+  m.impl("_conv_relu_pool2d_backward", backward_autograd);
+  m.impl("_relu_pool2d", epilogue_autograd);
+  m.impl("_relu_pool2d_backward", expand_autograd);
+  m.impl("_relu_pool2d_transpose", transpose_autograd);
+}
+
+TORCH_LIBRARY_IMPL(dlfast, AutocastCPU, m) {
+  m.impl("conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(dlfast, AutocastCUDA, m) {
+  m.impl("conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCUDA, c10::DispatchKey::Autocast>);
+}
+
+}  // namespace dlfast

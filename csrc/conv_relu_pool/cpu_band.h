@@ -1,0 +1,98 @@
+// Bands: the unit of work of the direct kernels. A band is a few pooled rows of one image; the input rows
+// under it are copied once, zero-padded, into a thread's own [rows][columns][C] scratch, whatever the layout
+// of the input. Scratch per thread is bounded by the band, not by the image.
+#pragma once
+
+namespace dlfast::DLFAST_LEVEL {
+
+using F = Vec<float, kLanes>;
+
+struct Bands {
+  int64_t pooled_rows;     // in a band, the last one may have fewer
+  int64_t per_image;       // bands
+  int64_t conv_rows;       // convolution rows under a band, at most
+  int64_t conv_cols;       // convolution columns that some window covers
+  int64_t rows, cols;      // of the padded input under a band
+  int64_t row_stride;      // of the padded input, in floats
+
+  explicit Bands(const ConvBlockParams& p) {
+    const ReluPoolParams& pool = p.pool;
+    pooled_rows = std::max<int64_t>(1, std::min(p.grain, pool.output_size[0]));
+    per_image = (pool.output_size[0] + pooled_rows - 1) / pooled_rows;
+    conv_rows = std::min((pooled_rows - 1) * pool.window.stride[0] + pool.window.size[0], pool.input_size[0]);
+    const int64_t reach = (pool.output_size[1] - 1) * pool.window.stride[1] + pool.window.size[1];
+    conv_cols = std::min(reach - pool.window.padding[1], pool.input_size[1]);
+    rows = (conv_rows - 1) * p.conv.stride[0] + (p.conv.kernel[0] - 1) * p.conv.dilation[0] + 1;
+    cols = (conv_cols - 1) * p.conv.stride[1] + (p.conv.kernel[1] - 1) * p.conv.dilation[1] + 1;
+    row_stride = cols * p.conv.in_channels;
+  }
+  int64_t input_floats() const { return rows * row_stride; }
+};
+
+// One band of one image.
+struct Band {
+  int64_t image;
+  int64_t first_pooled, pooled_rows;
+  int64_t first_conv, conv_rows;  // clipped to the convolution output
+
+  Band(const ConvBlockParams& p, const Bands& bands, int64_t index) {
+    image = index / bands.per_image;
+    first_pooled = index % bands.per_image * bands.pooled_rows;
+    pooled_rows = std::min(bands.pooled_rows, p.pool.output_size[0] - first_pooled);
+    first_conv = window_span(p.pool, 0, first_pooled).begin;
+    conv_rows = window_span(p.pool, 0, first_pooled + pooled_rows - 1).end - first_conv;
+  }
+};
+
+// Copies the input rows under `band` into packed [rows][cols][C], zeros where the convolution pads.
+inline void pack_input(const ConvBlockParams& p, const Bands& bands, const Band& band, const float* input,
+                       float* packed) {
+  const int64_t channels = p.conv.in_channels, height = p.conv.input_size[0], width = p.conv.input_size[1];
+  const auto [stride_n, stride_c, stride_h, stride_w] = p.input_strides;
+  const int64_t rows = (band.conv_rows - 1) * p.conv.stride[0] +
+                       (p.conv.kernel[0] - 1) * p.conv.dilation[0] + 1;
+  const int64_t top = band.first_conv * p.conv.stride[0] - p.conv.padding[0];
+  const int64_t left = std::min(p.conv.padding[1], bands.cols);
+  const int64_t inside = std::clamp<int64_t>(width, 0, bands.cols - left);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = packed + r * bands.row_stride;
+    const int64_t y = top + r;
+    if (y < 0 || y >= height) {
+      std::memset(row, 0, bands.row_stride * sizeof(float));
+      continue;
+    }
+    std::memset(row, 0, left * channels * sizeof(float));
+    const float* from = input + band.image * stride_n + y * stride_h;
+    float* to = row + left * channels;
+    if (stride_c == 1 && stride_w == channels) {
+      std::memcpy(to, from, inside * channels * sizeof(float));
+    } else if (channels == 1 && stride_w == 1) {
+      std::memcpy(to, from, inside * sizeof(float));
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t x = 0; x < inside; ++x) to[x * channels + c] = from[c * stride_c + x * stride_w];
+      }
+    }
+    const int64_t right = bands.cols - left - inside;
+    std::memset(to + inside * channels, 0, right * channels * sizeof(float));
+  }
+}
+
+// The taps of a kernel over the packed input: `runs` runs of `length` numbers that lie together, in both the
+// input and the packed weight. Without dilation a run is a whole kernel row of all channels.
+struct Taps {
+  int64_t rows, per_row, length;
+  int64_t row_step, col_step;  // between runs, in floats of the packed input
+
+  Taps(const ConvBlockParams& p, const Bands& bands) {
+    const int64_t kw = p.conv.kernel[1], dilation = p.conv.dilation[1];
+    const bool together = dilation == 1 || kw == 1;
+    rows = p.conv.kernel[0];
+    per_row = together ? 1 : kw;
+    length = together ? kw * p.conv.in_channels : p.conv.in_channels;
+    row_step = p.conv.dilation[0] * bands.row_stride;
+    col_step = dilation * p.conv.in_channels;
+  }
+};
+
+}  // namespace dlfast::DLFAST_LEVEL

@@ -1,0 +1,99 @@
+// Pooling windows on vectors of channels: which positions a window covers, and who wins it.
+#pragma once
+
+namespace dlfast::DLFAST_LEVEL {
+
+constexpr int kLanes = DLFAST_LANES;
+
+// Elements below which starting another thread does not pay; ATen uses the same number.
+constexpr int64_t kGrain = 32768;
+
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// N numbers of T as numbers one computes with, and back, rounded once.
+template <int N, typename T>
+DLFAST_INLINE Vec<Compute<T>, N> load_compute(const T* p) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    return load<Vec<T, N>>(p);
+  } else {
+    float wide[N];
+    for (int i = 0; i < N; ++i) wide[i] = static_cast<float>(p[i]);
+    return load<Vec<float, N>>(wide);
+  }
+}
+
+template <int N, typename T>
+DLFAST_INLINE void store_compute(T* p, Vec<Compute<T>, N> v) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    store(p, v);
+  } else {
+    float wide[N];
+    store(wide, v);
+    for (int i = 0; i < N; ++i) p[i] = static_cast<T>(wide[i]);
+  }
+}
+
+template <typename V>
+DLFAST_INLINE V relu(V v) {
+  return v <= V{} ? V{} : v;  // NaN stays, as in PyTorch
+}
+
+// The part of a window along one axis that lies inside the input: positions [begin, end) of the axis, which
+// are [begin - origin, end - origin) of the window.
+struct Span {
+  int64_t origin, begin, end;
+};
+
+DLFAST_INLINE Span window_span(const ReluPoolParams& p, int axis, int64_t index) {
+  const int64_t origin = index * p.window.stride[axis] - p.window.padding[axis];
+  return {origin, std::max<int64_t>(origin, 0), std::min(origin + p.window.size[axis], p.input_size[axis])};
+}
+
+// The windows [begin, end) that cover position `at` of an axis.
+DLFAST_INLINE Span windows_over(const ReluPoolParams& p, int axis, int64_t at) {
+  const int64_t stride = p.window.stride[axis];
+  const int64_t last = at + p.window.padding[axis];
+  const int64_t first = last - p.window.size[axis] + 1;
+  const int64_t begin = first <= 0 ? 0 : (first + stride - 1) / stride;
+  return {0, begin, std::min(last / stride + 1, p.output_size[axis])};
+}
+
+// Length of a window for the average: padding counts, what lies beyond it (ceil_mode) does not.
+DLFAST_INLINE int64_t counted_length(const ReluPoolParams& p, int axis, int64_t index) {
+  const int64_t origin = index * p.window.stride[axis] - p.window.padding[axis];
+  return std::min(origin + p.window.size[axis], p.input_size[axis] + p.window.padding[axis]) - origin;
+}
+
+// Running maximum of a window and its position: the first maximum wins, a NaN beats all before it.
+template <typename V>
+struct Winner {
+  using Index = decltype(V{} < V{});
+  using Position = std::remove_reference_t<decltype(Index{}[0])>;
+  V value;
+  Index position;
+
+  DLFAST_INLINE void start(int64_t first_position) {
+    using Scalar = std::remove_reference_t<decltype(value[0])>;
+    value = V{} - std::numeric_limits<Scalar>::infinity();
+    position = Index{} + static_cast<Position>(first_position);
+  }
+  DLFAST_INLINE void offer(V v, int64_t at) {
+    const Index better = (v > value) | (v != v);
+    value = better ? v : value;
+    position = better ? Index{} + static_cast<Position>(at) : position;
+  }
+  DLFAST_INLINE void apply_relu() {
+    const Index dead = value <= V{};
+    value = dead ? V{} : value;
+    position = dead ? Index{} - 1 : position;  // kNoWinner in every code width
+  }
+};
+
+template <typename Code, typename Index>
+DLFAST_INLINE void store_code(Code* p, Index position) {
+  constexpr int n = sizeof(Index) / sizeof(position[0]);
+  store(p, __builtin_convertvector(position, Vec<Code, n>));
+}
+
+}  // namespace dlfast::DLFAST_LEVEL

@@ -1,0 +1,322 @@
+// The operators on tensors, for CPU and CUDA alike: check, allocate, plan, call the backend's kernels.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+#include "conv_relu_pool/plan.h"
+#ifdef DLFAST_WITH_CUDA
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace dlfast {
+
+const ReluPoolBackend& relu_pool_cpu() {
+  return cpu_kernels().relu_pool;
+}
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalName = std::optional<std::string_view>;
+
+const ReluPoolBackend& backend_of([[maybe_unused]] const Tensor& tensor) {
+#ifdef DLFAST_WITH_CUDA
+  if (tensor.is_cuda()) return relu_pool_cuda();
+#endif
+  return relu_pool_cpu();
+}
+
+void* stream_of([[maybe_unused]] const Tensor& tensor) {
+#ifdef DLFAST_WITH_CUDA
+  if (tensor.is_cuda()) return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
+#endif
+  return nullptr;
+}
+
+// The memory format PyTorch's convolution gives its output.
+at::MemoryFormat convolution_format(const Tensor& input, const Tensor& weight) {
+  const auto is_last = [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; };
+  if (input.scalar_type() == at::kDouble) return at::MemoryFormat::Contiguous;
+  return is_last(input) || is_last(weight) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+at::MemoryFormat format_of(const ReluPoolParams& p) {
+  return p.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+Tensor empty_output(const ReluPoolParams& p, const Tensor& like, at::ScalarType dtype) {
+  return at::empty({p.batch, p.channels, p.output_size[0], p.output_size[1]},
+                   like.options().dtype(dtype).memory_format(format_of(p)));
+}
+
+Tensor empty_input(const ReluPoolParams& p, const Tensor& like) {
+  return at::empty({p.batch, p.channels, p.input_size[0], p.input_size[1]},
+                   like.options().memory_format(format_of(p)));
+}
+
+Tensor nothing(const Tensor& like) {
+  return at::empty({0}, like.options());
+}
+
+// The code backward needs, uninitialised; an empty tensor where it needs none (see params.h).
+Tensor empty_code(const ReluPoolParams& p, const Tensor& like, bool save_code) {
+  if (save_code && p.pool == Pool::max) return empty_output(p, like, p.wide_code() ? at::kInt : at::kByte);
+  if (save_code && p.pool == Pool::avg && p.activation == Activation::relu) {
+    return at::empty({(p.input_numel() + 7) / 8}, like.options().dtype(at::kByte));
+  }
+  return at::empty({0}, like.options().dtype(at::kByte));
+}
+
+void* code_pointer(const Tensor& code) {
+  return code.numel() == 0 ? nullptr : code.data_ptr();
+}
+
+// `code` is what forward gave for this problem, in the layout of y.
+Tensor check_code(const char* op, const ReluPoolParams& p, const Tensor& code, const Tensor& like) {
+  TORCH_CHECK(code.device() == like.device(), op, ": code must be on the device of the gradient (", like.device(),
+              "), got ", code.device());
+  const std::array<int64_t, 4> output = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
+  switch (p.pool) {
+    case Pool::none:
+      if (p.activation == Activation::none) return nothing(like);
+      check_alike(op, "code", code, "grad_output", like);
+      check_sizes(op, "code", code, output);
+      return code.contiguous(format_of(p));
+    case Pool::max:
+      TORCH_CHECK(code.scalar_type() == (p.wide_code() ? at::kInt : at::kByte), op,
+                  ": code must be uint8 for windows of up to 255 positions and int32 beyond, got ",
+                  code.scalar_type());
+      check_sizes(op, "code", code, output);
+      return code.contiguous(format_of(p));
+    case Pool::avg:
+      if (p.activation == Activation::none) return nothing(like);
+      TORCH_CHECK(code.scalar_type() == at::kByte, op, ": code must be uint8, got ", code.scalar_type());
+      check_sizes(op, "code", code, {(p.input_numel() + 7) / 8});
+      return code.contiguous();
+  }
+  return code;
+}
+
+// ---- The pass after a convolution -------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> relu_pool2d(const Tensor& input, const std::optional<Tensor>& bias,
+                                       OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                                       IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
+                                       bool save_code) {
+  constexpr const char* op = "relu_pool2d";
+  TORCH_CHECK(input.dim() == 4, op, ": input must have shape [N, C, H, W], got ", input.sizes());
+  const Dtype dtype = check_dtype(op, "input", input);
+  check_alike(op, "input", input, "input", input);
+  check_bias(op, bias, input.size(1), input);
+  const bool last = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  const ReluPoolParams p = check_pooling(
+      op, input.sizes(), {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode}, last);
+
+  const c10::OptionalDeviceGuard guard(input.device());
+  const Tensor z = input.contiguous(format_of(p));
+  const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
+  Tensor output = empty_output(p, input, input.scalar_type());
+  Tensor code = empty_code(p, input, save_code);
+  if (output.numel() > 0) {
+    backend_of(input).forward(p, dtype, z.const_data_ptr(), b.defined() ? b.const_data_ptr() : nullptr,
+                              output.data_ptr(), code_pointer(code), stream_of(input));
+  }
+  return {output, code};
+}
+
+// grad_z, in the layout of p; grad_output and code have been checked.
+Tensor expand_gradient(const ReluPoolParams& p, Dtype dtype, const Tensor& grad_output, const Tensor& code) {
+  if (p.pool == Pool::none && p.activation == Activation::none) return grad_output;
+  const Tensor grad = grad_output.contiguous(format_of(p));
+  Tensor grad_z = empty_input(p, grad_output);
+  if (grad_z.numel() > 0) {
+    backend_of(grad_output).backward(p, dtype, grad.const_data_ptr(), code_pointer(code), grad_z.data_ptr(),
+                                     stream_of(grad_output));
+  }
+  return grad_z;
+}
+
+// The code of these two tells the layout; without one the gradient does.
+bool channels_last_of(const Tensor& code, const Tensor& grad) {
+  const Tensor& tensor = code.dim() == 4 ? code : grad;
+  return tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+}
+
+Tensor relu_pool2d_backward(const Tensor& grad_output, const Tensor& code, IntArrayRef input_size,
+                            OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                            IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
+  constexpr const char* op = "relu_pool2d_backward";
+  TORCH_CHECK(grad_output.dim() == 4, op, ": grad_output must have shape [N, C, PH, PW], got ",
+              grad_output.sizes());
+  const Dtype dtype = check_dtype(op, "grad_output", grad_output);
+  check_pair(op, "input_size", input_size, 1);
+  const std::array<int64_t, 4> sizes = {grad_output.size(0), grad_output.size(1), input_size[0], input_size[1]};
+  const ReluPoolParams p = check_pooling(op, sizes,
+                                         {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
+                                         channels_last_of(code, grad_output));
+  check_sizes(op, "grad_output", grad_output, {p.batch, p.channels, p.output_size[0], p.output_size[1]});
+  const c10::OptionalDeviceGuard guard(grad_output.device());
+  return expand_gradient(p, dtype, grad_output, check_code(op, p, code, grad_output)).clone();
+}
+
+Tensor relu_pool2d_transpose(const Tensor& grad_input, const Tensor& code, OptionalName activation,
+                             OptionalName pool, IntArrayRef pool_size, IntArrayRef pool_stride,
+                             IntArrayRef pool_padding, bool ceil_mode) {
+  constexpr const char* op = "relu_pool2d_transpose";
+  TORCH_CHECK(grad_input.dim() == 4, op, ": grad_input must have shape [N, C, H, W], got ", grad_input.sizes());
+  const Dtype dtype = check_dtype(op, "grad_input", grad_input);
+  const ReluPoolParams p = check_pooling(op, grad_input.sizes(),
+                                         {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
+                                         channels_last_of(code, grad_input));
+  const Tensor checked = check_code(op, p, code, grad_input);
+  if (p.pool == Pool::none && p.activation == Activation::none) return grad_input.clone();
+  const c10::OptionalDeviceGuard guard(grad_input.device());
+  const Tensor grad = grad_input.contiguous(format_of(p));
+  Tensor grad_y = empty_output(p, grad_input, grad_input.scalar_type());
+  if (grad_y.numel() > 0) {
+    backend_of(grad_input).transpose(p, dtype, grad.const_data_ptr(), code_pointer(checked), grad_y.data_ptr(),
+                                     stream_of(grad_input));
+  }
+  return grad_y;
+}
+
+// ---- The whole block ----------------------------------------------------------------------------------
+
+ConvBlockParams check_block(const char* op, const Tensor& input, const Tensor& weight, const BlockArgs& block,
+                            const PoolArgs& pooling) {
+  ConvBlockParams p{};
+  p.conv = check_convolution(op, input, weight, block);
+  const std::array<int64_t, 4> sizes = {p.conv.batch, p.conv.out_channels, p.conv.output_size[0],
+                                        p.conv.output_size[1]};
+  const bool last = convolution_format(input, weight) == at::MemoryFormat::ChannelsLast;
+  p.pool = check_pooling(op, sizes, pooling, last);
+  for (const int axis : {0, 1, 2, 3}) p.input_strides[axis] = input.stride(axis);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> direct_forward(ConvBlockParams p, const Tensor& input, const Tensor& weight,
+                                          const std::optional<Tensor>& bias, bool save_code) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = at::get_num_threads();
+  p.grain = plan_band(p, p.conv.input_size[1] * p.conv.in_channels * p.conv.stride[0], threads);
+  const Tensor w = weight.contiguous();
+  const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
+  Tensor output = empty_output(p.pool, input, at::kFloat);
+  Tensor code = empty_code(p.pool, input, save_code);
+  if (output.numel() > 0) {
+    const Tensor scratch = at::empty({kernels.direct_forward_scratch(p, threads)}, input.options());
+    kernels.direct_forward(p, input.const_data_ptr<float>(), w.const_data_ptr<float>(),
+                           b.defined() ? b.const_data_ptr<float>() : nullptr, output.data_ptr<float>(),
+                           static_cast<uint8_t*>(code_pointer(code)), scratch.data_ptr<float>());
+  }
+  return {output, code};
+}
+
+std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& weight,
+                                            const std::optional<Tensor>& bias, IntArrayRef stride,
+                                            IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                            OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                                            IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
+                                            bool save_code) {
+  constexpr const char* op = "conv_relu_pool2d";
+  const Dtype dtype = check_dtype(op, "input", input);
+  check_alike(op, "input", input, "input", input);
+  check_alike(op, "weight", weight, "input", input);
+  const ConvBlockParams p =
+      check_block(op, input, weight, {stride, padding, dilation, groups},
+                  {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  check_bias(op, bias, p.conv.out_channels, input);
+
+  const c10::OptionalDeviceGuard guard(input.device());
+  if (plan_forward(p, dtype, input.is_cpu(), save_code) == Path::direct) {
+    return direct_forward(p, input, weight, bias, save_code);
+  }
+  // The CPU's convolution adds the bias for nothing; cuDNN's takes a pass of its own, which ours saves.
+  const bool bias_later = !input.is_cpu();
+  const std::optional<Tensor> none;
+  const Tensor z = at::conv2d(input, weight, bias_later ? none : bias, stride, padding, dilation, groups);
+  return relu_pool2d(z, bias_later ? bias : none, activation, pool, pool_size, pool_stride, pool_padding,
+                     ceil_mode, save_code);
+}
+
+bool direct_grad_weight(ConvBlockParams p, const Tensor& grad_output, const Tensor& input, const Tensor& code,
+                        Tensor& grad_weight, Tensor& grad_bias) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = at::get_num_threads();
+  const int64_t taps = p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels;
+  p.grain = plan_band(p, p.pool.input_size[1] * taps, threads);
+  const Tensor grad = grad_output.contiguous(format_of(p.pool));
+  const Tensor scratch = at::empty({kernels.direct_grad_weight_scratch(p, threads)}, input.options());
+  return kernels.direct_grad_weight(p, input.const_data_ptr<float>(), grad.const_data_ptr<float>(),
+                                    code_pointer(code), grad_weight.data_ptr<float>(),
+                                    grad_bias.data_ptr<float>(), scratch.data_ptr<float>());
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& code, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, OptionalName activation, OptionalName pool,
+    IntArrayRef pool_size, IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
+    std::array<bool, 3> output_mask) {
+  constexpr const char* op = "conv_relu_pool2d_backward";
+  const Dtype dtype = check_dtype(op, "input", input);
+  check_alike(op, "input", input, "input", input);
+  check_alike(op, "weight", weight, "input", input);
+  check_alike(op, "grad_output", grad_output, "input", input);
+  const ConvBlockParams p =
+      check_block(op, input, weight, {stride, padding, dilation, groups},
+                  {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  check_sizes(op, "grad_output", grad_output,
+              {p.conv.batch, p.conv.out_channels, p.pool.output_size[0], p.pool.output_size[1]});
+  const c10::OptionalDeviceGuard guard(input.device());
+  const Tensor checked = check_code(op, p.pool, code, grad_output);
+
+  Tensor grad_input = nothing(input), grad_weight = nothing(input), grad_bias = nothing(input);
+  auto [needs_input, needs_weight, needs_bias] = output_mask;
+  if (needs_weight && p.conv.batch > 0 && plan_grad_weight(p, dtype, input.is_cpu()) == Path::direct) {
+    Tensor own_weight = at::empty(weight.sizes(), weight.options()).contiguous();
+    Tensor own_bias = at::empty({p.conv.out_channels}, weight.options());
+    if (direct_grad_weight(p, grad_output, input, checked, own_weight, own_bias)) {
+      grad_weight = own_weight;
+      if (needs_bias) grad_bias = own_bias;
+      needs_weight = needs_bias = false;
+    }
+  }
+  if (!needs_input && !needs_weight && !needs_bias) return {grad_input, grad_weight, grad_bias};
+
+  const Tensor grad_z = expand_gradient(p.pool, dtype, grad_output, checked);
+  const auto [dense_input, dense_weight, dense_bias] = at::convolution_backward(
+      grad_z, input, weight, at::IntArrayRef(&p.conv.out_channels, 1), stride, padding, dilation,
+      /*transposed=*/false, /*output_padding=*/{0, 0}, groups, {needs_input, needs_weight, needs_bias});
+  if (needs_input) grad_input = dense_input;
+  if (needs_weight) grad_weight = dense_weight;
+  if (needs_bias) grad_bias = dense_bias;
+  return {grad_input, grad_weight, grad_bias};
+}
+
+void register_all(torch::Library& m) {
+  m.impl("_conv_relu_pool2d", conv_relu_pool2d);
+  m.impl("_conv_relu_pool2d_backward", conv_relu_pool2d_backward);
+  m.impl("_relu_pool2d", relu_pool2d);
+  m.impl("_relu_pool2d_backward", relu_pool2d_backward);
+  m.impl("_relu_pool2d_transpose", relu_pool2d_transpose);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlfast, CPU, m) {
+  register_all(m);
+}
+
+#ifdef DLFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(dlfast, CUDA, m) {
+  register_all(m);
+}
+#endif
+
+}  // namespace dlfast

@@ -1,0 +1,51 @@
+#include "conv_relu_pool/plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace dlfast {
+namespace {
+
+// Half of a usual second-level cache, in floats; the other half is for weights and output.
+constexpr int64_t kBandFloats = 64 * 1024;
+constexpr int64_t kBandsPerThread = 4;
+
+std::string_view forced_plan() {
+  const char* asked = std::getenv("DLFAST_PLAN");
+  const std::string_view plan = asked == nullptr ? "" : asked;
+  if (plan != "" && plan != "direct" && plan != "epilogue") {
+    throw std::invalid_argument("DLFAST_PLAN must be direct or epilogue, got " + std::string(plan));
+  }
+  return plan;
+}
+
+// Up to here PyTorch's own convolution does not outrun the direct kernel by more than the pass after it costs.
+bool direct_forward_wins(const ConvBlockParams& p) {
+  return p.conv.in_channels <= 16;
+}
+
+}  // namespace
+
+Path plan_forward(const ConvBlockParams& p, Dtype dtype, bool cpu, bool save_code) {
+  const std::string_view forced = forced_plan();
+  if (!cpu || dtype != Dtype::float32 || forced == "epilogue" || !direct_forward_fits(p, save_code)) {
+    return Path::epilogue;
+  }
+  return forced == "direct" || direct_forward_wins(p) ? Path::direct : Path::epilogue;
+}
+
+Path plan_grad_weight(const ConvBlockParams& p, Dtype dtype, bool cpu) {
+  const bool fits = cpu && dtype == Dtype::float32 && direct_grad_weight_fits(p, cpu_kernels());
+  return fits && forced_plan() != "epilogue" ? Path::direct : Path::epilogue;
+}
+
+int64_t plan_band(const ConvBlockParams& p, int64_t floats_per_conv_row, int64_t threads) {
+  const int64_t by_cache = kBandFloats / std::max<int64_t>(1, floats_per_conv_row * p.pool.window.stride[0]);
+  const int64_t by_balance = p.conv.batch * p.pool.output_size[0] / (kBandsPerThread * threads);
+  return std::max<int64_t>(1, std::min(by_cache, by_balance));
+}
+
+}  // namespace dlfast

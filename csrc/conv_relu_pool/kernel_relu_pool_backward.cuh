@@ -22,7 +22,10 @@ DLFAST_DEVICE void gather_pixel(const Geometry<Index>& g, const T* grad_y, const
                                 Coord h, Coord w, Accumulator<T> (&sum)[N]) {
   const auto rows = covering(g, 0, h);
   const auto columns = covering(g, 1, w);
+  // Few windows cover a pixel; unrolled loops only cost registers.
+#pragma unroll 1
   for (Coord row = rows.first; row <= rows.last; ++row) {
+#pragma unroll 1
     for (Coord column = columns.first; column <= columns.last; ++column) {
       const Index offset = out.at(row, column);
       const auto grad = load_pack<N>(grad_y + offset);

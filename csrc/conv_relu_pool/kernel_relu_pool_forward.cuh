@@ -23,8 +23,10 @@ DLFAST_DEVICE void pool_window(const Geometry<Index>& g, const T* z, Plane<Index
   const auto width = static_cast<int32_t>(g.size[1]);
   int32_t start = static_cast<int32_t>(h.begin - h.origin) * width + static_cast<int32_t>(w.begin - w.origin);
   Reduction<kPool, T, N> result(start);
+#pragma unroll 1
   for (Coord ih = h.begin; ih < h.end; ++ih, start += width) {
     int32_t position = start;
+#pragma unroll 2
     for (Coord iw = w.begin; iw < w.end; ++iw, ++position) {
       const auto pack = load_pack<N>(z + in.at(ih, iw));
 #pragma unroll

@@ -16,8 +16,12 @@
 namespace dlfast {
 namespace {
 
+// 64 registers a thread. Left to itself, ptxas aims at more blocks for some bodies and spills a few bytes.
+constexpr int kBlocksPerSm = 4;
+
 template <typename Body>
-__global__ void __launch_bounds__(kThreads) relu_pool_kernel(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    relu_pool_kernel(const __grid_constant__ Body body) {
   extern __shared__ __align__(16) unsigned char shared[];
   body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
 }

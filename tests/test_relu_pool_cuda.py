@@ -14,9 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dlfast  # noqa: F401  registers the operators
+import dlfast
+from dlfast._native import native
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -311,6 +316,34 @@ def test_sums_are_rounded_once():
     assert code.item() == 2
     mean, _ = torch.ops.dlfast._relu_pool2d(z, bias, "relu", *Pooling("avg").args, True)
     assert mean.item() == 2050.0  # (2049 + 2049 + 2051 + 2051) / 4
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", None])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=name)
+def test_public_operator(dtype, memory_format, pool):
+    """Convolution, this pass and all three gradients, in whatever layout the convolution answers in."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"input": (2, 3, 12, 10), "weight": (8, 3, 3, 3), "bias": (8,)}
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes.values()]
+    wide = [t.double().requires_grad_() for t in tensors]
+    expected = dlfast.reference.conv_relu_pool2d(*wide, padding=1, pool=pool)
+    grad = torch.randn(expected.shape, generator=generator).to(dtype)
+    expected.backward(grad.double())
+
+    ours = [t.cuda() for t in tensors]
+    ours[:2] = [t.contiguous(memory_format=memory_format) for t in ours[:2]]
+    ours = [t.requires_grad_() for t in ours]
+    output = dlfast.conv_relu_pool2d(*ours, padding=1, pool=pool)
+    output.backward(grad.cuda())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-2}[dtype]
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+    for label, actual, exact in zip(shapes, ours, wide, strict=True):
+        assert actual.grad is not None
+        assert exact.grad is not None
+        scale = exact.grad.abs().max().item()
+        error = (actual.grad.cpu().double() - exact.grad).abs().max().item()
+        assert error <= tolerance * scale, label
 
 
 @pytest.mark.gpu_only

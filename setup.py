@@ -73,7 +73,7 @@ def sources(*suffixes: str) -> list[str]:
 def native_extension(cuda: bool):
     # Warnings are errors in our own code, not in torch's headers.
     system = [arg for path in cpp_extension.include_paths() for arg in ("-isystem", path)]
-    compile_args = {"cxx": ["-O3", *WARNINGS, *system]}
+    compile_args = {"cxx": ["-O3", "-fno-math-errno", *WARNINGS, *system]}
     if not cuda:
         return cpp_extension.CppExtension(
             "dlfast._C", sources(".cpp"), include_dirs=[str(ROOT / "csrc")], extra_compile_args=compile_args

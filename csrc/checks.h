@@ -59,7 +59,8 @@ inline Dtype check_dtype(const char* op, const char* name, const at::Tensor& ten
     case at::kHalf:
       return Dtype::float16;
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+      TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": ", name,
+                                  " must be float32, float64, bfloat16 or float16, got ",
                                   tensor.scalar_type());
   }
 }
@@ -69,8 +70,8 @@ inline void check_alike(const char* op, const char* name, const at::Tensor& tens
                         const at::Tensor& like) {
   TORCH_CHECK(tensor.device() == like.device(), op, ": ", name, " must be on the device of ", like_name, " (",
               like.device(), "), got ", tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name,
-              " (", like.scalar_type(), "), got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ",
+              like_name, " (", like.scalar_type(), "), got ", tensor.scalar_type());
   TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ",
               tensor.layout());
 }
@@ -134,8 +135,8 @@ inline ReluPoolParams check_pooling(const char* op, at::IntArrayRef input_sizes,
 inline ConvParams check_convolution(const char* op, const at::Tensor& input, const at::Tensor& weight,
                                     const BlockArgs& args) {
   TORCH_CHECK(input.dim() == 4, op, ": input must have shape [N, C, H, W] or [C, H, W], got ", input.sizes());
-  TORCH_CHECK(weight.dim() == 4, op, ": weight must have shape [out_channels, in_channels / groups, kh, kw], got ",
-              weight.sizes());
+  TORCH_CHECK(weight.dim() == 4, op,
+              ": weight must have shape [out_channels, in_channels / groups, kh, kw], got ", weight.sizes());
   check_pair(op, "stride", args.stride, 1);
   check_pair(op, "padding", args.padding, 0);
   check_pair(op, "dilation", args.dilation, 1);
@@ -143,11 +144,12 @@ inline ConvParams check_convolution(const char* op, const at::Tensor& input, con
     TORCH_CHECK(size > 0, op, ": weight must have no dimension of size 0, got ", weight.sizes());
   }
   TORCH_CHECK(args.groups > 0, op, ": groups must be positive, got ", args.groups);
-  TORCH_CHECK(weight.size(0) % args.groups == 0, op, ": groups must divide the output channels, got groups=",
-              args.groups, " for weight ", weight.sizes());
+  TORCH_CHECK(weight.size(0) % args.groups == 0, op,
+              ": groups must divide the output channels, got groups=", args.groups, " for weight ",
+              weight.sizes());
   TORCH_CHECK(input.size(1) == weight.size(1) * args.groups, op, ": input must have ",
-              weight.size(1) * args.groups, " channels for weight ", weight.sizes(), " with groups=", args.groups,
-              ", got input ", input.sizes());
+              weight.size(1) * args.groups, " channels for weight ", weight.sizes(),
+              " with groups=", args.groups, ", got input ", input.sizes());
   ConvParams p{};
   p.batch = input.size(0);
   p.in_channels = input.size(1);
@@ -164,7 +166,8 @@ inline ConvParams check_convolution(const char* op, const at::Tensor& input, con
     const int64_t padded = p.input_size[axis] + 2 * p.padding[axis];
     const int64_t reach = p.dilation[axis] * (p.kernel[axis] - 1) + 1;
     TORCH_CHECK(reach <= padded, op, ": weight ", weight.sizes(), " with dilation ", args.dilation,
-                " is larger than the padded input, got input ", input.sizes(), " with padding ", args.padding);
+                " is larger than the padded input, got input ", input.sizes(), " with padding ",
+                args.padding);
     p.output_size[axis] = (padded - reach) / p.stride[axis] + 1;
   }
   return p;

@@ -8,43 +8,62 @@
 TORCH_LIBRARY(dlfast, m) {
   // The public operator. It is a composite of the differentiable one below it.
   m.def(
-      "conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias=None, *, SymInt[2] stride=1, "
-      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, str? activation='relu', "
-      "str? pool='max', SymInt[2] pool_size=2, SymInt[2]? pool_stride=None, SymInt[2] pool_padding=0, "
+      "conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias=None, *, int[2] stride=1, "
+      "int[2] padding=0, int[2] dilation=1, int groups=1, str? activation='relu', "
+      "str? pool='max', int[2] pool_size=2, int[2]? pool_stride=None, int[2] pool_padding=0, "
       "bool ceil_mode=False) -> Tensor");
 
   // Batched input only. `code` is what backward needs to know of the windows (see params.h); it is
   // empty where nothing is needed or save_code is false.
   m.def(
-      "_conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
-      "SymInt[2] dilation, SymInt groups, str? activation, str? pool, SymInt[2] pool_size, "
-      "SymInt[2] pool_stride, SymInt[2] pool_padding, bool ceil_mode, bool save_code) "
+      "_conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, str? activation, str? pool, int[2] pool_size, "
+      "int[2] pool_stride, int[2] pool_padding, bool ceil_mode, bool save_code) "
       "-> (Tensor output, Tensor code)");
   // Where output_mask is false the result is an empty tensor.
   m.def(
       "_conv_relu_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor code, "
-      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str? activation, str? pool, "
-      "SymInt[2] pool_size, SymInt[2] pool_stride, SymInt[2] pool_padding, bool ceil_mode, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, str? activation, str? pool, "
+      "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode, "
       "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // The pass after a convolution: bias, activation and pooling of its output.
   m.def(
-      "_relu_pool2d(Tensor input, Tensor? bias, str? activation, str? pool, SymInt[2] pool_size, "
-      "SymInt[2] pool_stride, SymInt[2] pool_padding, bool ceil_mode, bool save_code) "
+      "_relu_pool2d(Tensor input, Tensor? bias, str? activation, str? pool, int[2] pool_size, "
+      "int[2] pool_stride, int[2] pool_padding, bool ceil_mode, bool save_code) "
       "-> (Tensor output, Tensor code)");
   // The linear map from the gradient of the pooled output to that of the convolution output, and its
   // transpose; each is the other's derivative.
   m.def(
       "_relu_pool2d_backward(Tensor grad_output, Tensor code, SymInt[2] input_size, str? activation, "
-      "str? pool, SymInt[2] pool_size, SymInt[2] pool_stride, SymInt[2] pool_padding, bool ceil_mode) "
+      "str? pool, int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode) "
       "-> Tensor");
   m.def(
       "_relu_pool2d_transpose(Tensor grad_input, Tensor code, str? activation, str? pool, "
-      "SymInt[2] pool_size, SymInt[2] pool_stride, SymInt[2] pool_padding, bool ceil_mode) -> Tensor");
+      "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode) -> Tensor");
+
+  // ---- Optimizer steps ------------------------------------------------------------------------------
+  // One step of all parameters of one dtype and device. groups[i] is the group of params[i]; float[],
+  // bool[] and lr_tensors (empty, or in place of lr) have one entry per group. momentum_buffers and steps
+  // of SGD have one tensor for each parameter whose group has momentum, max_exp_avg_sqs for each whose
+  // group has amsgrad. steps count the steps taken; arrived is an int32 of the device, 0 between steps,
+  // needed on CUDA where steps are counted. A step whose found_inf is not 0 changes nothing.
+  m.def(
+      "_sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] steps, "
+      "int[] groups, *, float[] lr, Tensor[] lr_tensors, float[] momentum, float[] dampening, "
+      "float[] weight_decay, bool[] nesterov, bool[] maximize, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None, Tensor(d!)? arrived=None) -> ()");
+  m.def(
+      "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, int[] groups, *, float[] lr, Tensor[] lr_tensors, "
+      "float[] beta1, float[] beta2, float[] eps, float[] weight_decay, bool[] amsgrad, "
+      "bool[] decoupled_weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "Tensor(f!)? arrived=None) -> ()");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled operators of dlfast; call them through torch.ops.dlfast";
-  m.def("simd_level", [] { return std::string(dlfast::simd_name(dlfast::simd_level())); },
-        "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
+  m.def(
+      "simd_level", [] { return std::string(dlfast::simd_name(dlfast::simd_level())); },
+      "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
 }

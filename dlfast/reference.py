@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,3 +64,83 @@ def relu_pool2d(
     if pool is not None:
         raise ValueError(f"pool must be 'max', 'avg' or None, got {pool!r}")
     return input
+
+
+# ---- Optimizer steps: one tensor, in place ----------------------------------------------------------------
+# 16-bit parameters are read into float32, computed with in float32, and rounded once when written; so are
+# their states. float32 and float64 compute in themselves.
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@torch.no_grad()
+def sgd_step(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    first: bool,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+) -> None:
+    """One step of :class:`dlfast.optim.SGD`; `momentum_buffer` is None where `momentum` is 0.
+
+    The `first` gradient enters the buffer undamped.
+    """
+    real = _compute_dtype(param.dtype)
+    p = param.to(real)
+    g = grad.to(real) * ((-1.0 if maximize else 1.0) / grad_scale)
+    if weight_decay != 0:
+        g = g + weight_decay * p
+    if momentum_buffer is not None:
+        buffer = g if first else momentum * momentum_buffer.to(real) + (1 - dampening) * g
+        momentum_buffer.copy_(buffer)
+        g = g + momentum * buffer if nesterov else buffer
+    param.copy_(p - lr * g)
+
+
+@torch.no_grad()
+def adam_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+) -> None:
+    """Step number `step` (1 for the first) of :class:`dlfast.optim.Adam`, or AdamW if decoupled.
+
+    `max_exp_avg_sq` is None without amsgrad.
+    """
+    real = _compute_dtype(param.dtype)
+    p = param.to(real)
+    g = grad.to(real) * ((-1.0 if maximize else 1.0) / grad_scale)
+    if weight_decay != 0 and decoupled_weight_decay:
+        p = p * (1 - lr * weight_decay)
+    elif weight_decay != 0:
+        g = g + weight_decay * p
+    m = beta1 * exp_avg.to(real) + (1 - beta1) * g
+    v = second = beta2 * exp_avg_sq.to(real) + (1 - beta2) * g * g
+    if max_exp_avg_sq is not None:
+        second = torch.maximum(max_exp_avg_sq.to(real), v)
+        max_exp_avg_sq.copy_(second)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    param.copy_(p - (lr / (1 - beta1**step)) * m / denominator)

@@ -21,8 +21,8 @@
 #if defined(__clang__)
 #define DLFAST_TARGET_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
-#define DLFAST_TARGET_AVX512                                                      \
-  _Pragma(                                                                        \
+#define DLFAST_TARGET_AVX512                                                                                 \
+  _Pragma(                                                                                                   \
       "clang attribute push(__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl\"))), " \
       "apply_to = function)")
 #define DLFAST_TARGET_END _Pragma("clang attribute pop")
@@ -66,7 +66,8 @@ inline SimdLevel choose_simd_level() {
     }
     return level;
   }
-  throw std::runtime_error(std::string("DLFAST_CPU_CAPABILITY must be default, avx2 or avx512, got ") + asked);
+  throw std::runtime_error(std::string("DLFAST_CPU_CAPABILITY must be default, avx2 or avx512, got ") +
+                           asked);
 }
 
 inline SimdLevel simd_level() {

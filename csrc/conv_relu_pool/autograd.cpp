@@ -14,6 +14,7 @@
 namespace dlfast {
 namespace {
 
+using at::IntArrayRef;
 using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
@@ -25,35 +26,40 @@ using torch::autograd::variable_list;
 
 // The arguments between the tensors and the flags, as one value that autograd can keep.
 struct Geometry {
-  std::vector<SymInt> stride, padding, dilation;
-  SymInt groups;
+  using Pair = std::array<int64_t, 2>;
+  Pair stride, padding, dilation;
+  int64_t groups;
   OptionalName activation, pool;
-  std::vector<SymInt> pool_size, pool_stride, pool_padding;
+  Pair pool_size, pool_stride, pool_padding;
   bool ceil_mode;
 
-  static std::vector<SymInt> pair(SymIntArrayRef value) { return {value.begin(), value.end()}; }
-  static int64_t code(OptionalName name) { return !name ? 0 : *name == "avg" ? 2 : 1; }
-  static OptionalName activation_of(int64_t code) { return code == 0 ? OptionalName() : "relu"; }
-  static OptionalName pool_of(int64_t code) {
-    return code == 0 ? OptionalName() : code == 2 ? OptionalName("avg") : OptionalName("max");
+  static Pair pair(IntArrayRef value) {
+    TORCH_CHECK(value.size() == 2, "conv_relu_pool2d: expected pairs of ints, got ", value);
+    return {value[0], value[1]};
   }
 
   void save(AutogradContext* ctx) const {
-    std::vector<SymInt> flat;
-    for (const auto* values : {&stride, &padding, &dilation, &pool_size, &pool_stride, &pool_padding}) {
-      flat.insert(flat.end(), values->begin(), values->end());
-    }
-    flat.push_back(groups);
-    flat.emplace_back(code(activation));
-    flat.emplace_back(code(pool));
-    flat.emplace_back(static_cast<int64_t>(ceil_mode));
-    ctx->saved_data["geometry"] = SymIntArrayRef(flat);
+    const int64_t activation_code = activation ? 1 : 0, pool_code = !pool ? 0 : *pool == "avg" ? 2 : 1;
+    ctx->saved_data["geometry"] = std::vector<int64_t>{
+        stride[0],    stride[1],       padding[0],     padding[1],     dilation[0],     dilation[1],
+        pool_size[0], pool_size[1],    pool_stride[0], pool_stride[1], pool_padding[0], pool_padding[1],
+        groups,       activation_code, pool_code,      ceil_mode};
   }
   static Geometry restore(AutogradContext* ctx) {
-    const std::vector<SymInt> flat = ctx->saved_data["geometry"].toSymIntVector();
-    const auto at = [&](size_t i) { return std::vector<SymInt>(flat.begin() + 2 * i, flat.begin() + 2 * i + 2); };
-    return {at(0), at(1), at(2), flat[12], activation_of(flat[13].expect_int()), pool_of(flat[14].expect_int()),
-            at(3), at(4), at(5), flat[15].expect_int() != 0};
+    const std::vector<int64_t> v = ctx->saved_data["geometry"].toIntVector();
+    const OptionalName none, max = "max", avg = "avg", relu = "relu";
+    return {{v[0], v[1]},
+            {v[2], v[3]},
+            {v[4], v[5]},
+            v[12],
+            v[13] == 0 ? none : relu,
+            v[14] == 0   ? none
+            : v[14] == 1 ? max
+                         : avg,
+            {v[6], v[7]},
+            {v[8], v[9]},
+            {v[10], v[11]},
+            v[15] != 0};
   }
 };
 
@@ -64,19 +70,19 @@ auto find(const char* name) {
 
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                    SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt,
-                                                    OptionalName, OptionalName, SymIntArrayRef, SymIntArrayRef,
-                                                    SymIntArrayRef, bool, bool);
-using BackwardSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, SymIntArrayRef,
-                                 SymIntArrayRef, SymIntArrayRef, SymInt, OptionalName, OptionalName,
-                                 SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, std::array<bool, 3>);
+                                                    IntArrayRef, IntArrayRef, IntArrayRef, int64_t,
+                                                    OptionalName, OptionalName, IntArrayRef, IntArrayRef,
+                                                    IntArrayRef, bool, bool);
+using BackwardSignature = Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, IntArrayRef,
+                                 IntArrayRef, IntArrayRef, int64_t, OptionalName, OptionalName, IntArrayRef,
+                                 IntArrayRef, IntArrayRef, bool, std::array<bool, 3>);
 using ExpandSignature = Tensor(const Tensor&, const Tensor&, SymIntArrayRef, OptionalName, OptionalName,
-                               SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool);
-using TransposeSignature = Tensor(const Tensor&, const Tensor&, OptionalName, OptionalName, SymIntArrayRef,
-                                  SymIntArrayRef, SymIntArrayRef, bool);
+                               IntArrayRef, IntArrayRef, IntArrayRef, bool);
+using TransposeSignature = Tensor(const Tensor&, const Tensor&, OptionalName, OptionalName, IntArrayRef,
+                                  IntArrayRef, IntArrayRef, bool);
 using EpilogueSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, OptionalName,
-                                                     OptionalName, SymIntArrayRef, SymIntArrayRef,
-                                                     SymIntArrayRef, bool, bool);
+                                                     OptionalName, IntArrayRef, IntArrayRef, IntArrayRef,
+                                                     bool, bool);
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                         const Geometry& g, bool save_code) {
@@ -110,16 +116,28 @@ Tensor call_transpose(const Tensor& grad, const Tensor& code, const Geometry& g)
   return op.call(grad, code, g.activation, g.pool, g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode);
 }
 
-Geometry pooling_only(OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
-                      SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool ceil_mode) {
-  const std::vector<SymInt> one = {1, 1}, zero = {0, 0};
-  return {one, zero, one, 1, activation, pool, Geometry::pair(pool_size), Geometry::pair(pool_stride),
-          Geometry::pair(pool_padding), ceil_mode};
+Geometry pooling_only(OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                      IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
+  return {{1, 1},
+          {0, 0},
+          {1, 1},
+          1,
+          activation,
+          pool,
+          Geometry::pair(pool_size),
+          Geometry::pair(pool_stride),
+          Geometry::pair(pool_padding),
+          ceil_mode};
 }
 
 // What backward is given as the code: without pooling ReLU's own output tells where gradient passes.
 const Tensor& code_of(const Geometry& g, const Tensor& output, const Tensor& code) {
   return !g.pool && g.activation ? output : code;
+}
+
+// A bias that is not there is no input that autograd counts.
+bool bias_needs_grad(AutogradContext* ctx, size_t index) {
+  return ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(index);
 }
 
 Tensor defined_if(bool wanted, const Tensor& tensor) {
@@ -136,6 +154,10 @@ std::vector<SymInt> convolution_size(const Tensor& input, const Tensor& weight, 
   return size;
 }
 
+std::vector<SymInt> symbolic(const Geometry::Pair& pair) {
+  return {pair[0], pair[1]};
+}
+
 // ---- Derivatives --------------------------------------------------------------------------------------
 
 struct ConvReluPool : torch::autograd::Function<ConvReluPool> {
@@ -147,6 +169,7 @@ struct ConvReluPool : torch::autograd::Function<ConvReluPool> {
     ctx->mark_non_differentiable({code});
     ctx->set_materialize_grads(false);
     ctx->saved_data["saved"] = save_code;
+    ctx->saved_data["biased"] = bias && bias->defined();
     g.save(ctx);
     return {output, code};
   }
@@ -157,9 +180,14 @@ struct ConvReluPool : torch::autograd::Function<ConvReluPool> {
                 "conv_relu_pool2d: backward needs the code, but the forward ran with save_code=False");
     const Geometry g = Geometry::restore(ctx);
     const variable_list saved = ctx->get_saved_variables();
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-    const auto [grad_input, grad_weight, grad_bias] = call_backward(grads[0], saved[0], saved[1], saved[2], g, mask);
-    return {defined_if(mask[0], grad_input), defined_if(mask[1], grad_weight), defined_if(mask[2], grad_bias), {},
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      bias_needs_grad(ctx, 2)};
+    const auto [grad_input, grad_weight, grad_bias] =
+        call_backward(grads[0], saved[0], saved[1], saved[2], g, mask);
+    return {defined_if(mask[0], grad_input),
+            defined_if(mask[1], grad_weight),
+            defined_if(mask[2], grad_bias),
+            {},
             {}};
   }
 };
@@ -173,6 +201,7 @@ struct Epilogue : torch::autograd::Function<Epilogue> {
     ctx->mark_non_differentiable({code});
     ctx->set_materialize_grads(false);
     ctx->saved_data["saved"] = save_code;
+    ctx->saved_data["biased"] = bias && bias->defined();
     ctx->saved_data["size"] = SymIntArrayRef({input.sym_size(2), input.sym_size(3)});
     g.save(ctx);
     return {output, code};
@@ -184,7 +213,7 @@ struct Epilogue : torch::autograd::Function<Epilogue> {
                 "relu_pool2d: backward needs the code, but the forward ran with save_code=False");
     const std::vector<SymInt> size = ctx->saved_data["size"].toSymIntVector();
     const Tensor grad = call_expand(grads[0], ctx->get_saved_variables()[0], size, Geometry::restore(ctx));
-    const Tensor grad_bias = ctx->needs_input_grad(1) ? grad.sum({0, 2, 3}) : Tensor();
+    const Tensor grad_bias = bias_needs_grad(ctx, 1) ? grad.sum({0, 2, 3}) : Tensor();
     return {defined_if(ctx->needs_input_grad(0), grad), grad_bias, {}, {}};
   }
 };
@@ -219,30 +248,43 @@ struct Transpose : torch::autograd::Function<Transpose> {
 
 // ---- Kernels of the Autograd key ----------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> forward_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                            SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                                            SymInt groups, OptionalName activation, OptionalName pool,
-                                            SymIntArrayRef pool_size, SymIntArrayRef pool_stride,
-                                            SymIntArrayRef pool_padding, bool ceil_mode, bool save_code) {
-  const Geometry g{Geometry::pair(stride),       Geometry::pair(padding),     Geometry::pair(dilation),
-                   std::move(groups),            activation,                  pool,
-                   Geometry::pair(pool_size),    Geometry::pair(pool_stride), Geometry::pair(pool_padding),
+std::tuple<Tensor, Tensor> forward_autograd(const Tensor& input, const Tensor& weight,
+                                            const OptionalTensor& bias, IntArrayRef stride,
+                                            IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                            OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                                            IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
+                                            bool save_code) {
+  const Geometry g{Geometry::pair(stride),
+                   Geometry::pair(padding),
+                   Geometry::pair(dilation),
+                   groups,
+                   activation,
+                   pool,
+                   Geometry::pair(pool_size),
+                   Geometry::pair(pool_stride),
+                   Geometry::pair(pool_padding),
                    ceil_mode};
   const variable_list results = ConvReluPool::apply(input, weight, bias, g, save_code);
   return {results[0], results[1]};
 }
 
 Triple backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& code,
-                         SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
-                         OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
-                         SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool ceil_mode,
+                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                         OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                         IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
                          std::array<bool, 3> mask) {
-  const Geometry g{Geometry::pair(stride),       Geometry::pair(padding),     Geometry::pair(dilation),
-                   std::move(groups),            activation,                  pool,
-                   Geometry::pair(pool_size),    Geometry::pair(pool_stride), Geometry::pair(pool_padding),
+  const Geometry g{Geometry::pair(stride),
+                   Geometry::pair(padding),
+                   Geometry::pair(dilation),
+                   groups,
+                   activation,
+                   pool,
+                   Geometry::pair(pool_size),
+                   Geometry::pair(pool_stride),
+                   Geometry::pair(pool_padding),
                    ceil_mode};
-  const bool differentiate = at::GradMode::is_enabled() &&
-                             (grad.requires_grad() || input.requires_grad() || weight.requires_grad());
+  const bool differentiate =
+      at::GradMode::is_enabled() && (grad.requires_grad() || input.requires_grad() || weight.requires_grad());
   if (!differentiate) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_backward(grad, input, weight, code, g, mask);
@@ -250,30 +292,32 @@ Triple backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& 
   // Second derivatives go through pieces that PyTorch or we can differentiate again.
   const Tensor dense = call_expand(grad, code.detach(), convolution_size(input, weight, g), g);
   const auto [grad_input, grad_weight, grad_bias] = at::convolution_backward_symint(
-      dense, input, weight, std::vector<SymInt>{weight.sym_size(0)}, g.stride, g.padding, g.dilation,
-      /*transposed=*/false, /*output_padding=*/std::vector<SymInt>{0, 0}, g.groups, mask);
-  const auto or_nothing = [&](bool wanted, const Tensor& t) { return wanted ? t : at::empty({0}, input.options()); };
+      dense, input, weight, std::vector<SymInt>{weight.sym_size(0)}, symbolic(g.stride), symbolic(g.padding),
+      symbolic(g.dilation), /*transposed=*/false, /*output_padding=*/symbolic({0, 0}), g.groups, mask);
+  const auto or_nothing = [&](bool wanted, const Tensor& t) {
+    return wanted ? t : at::empty({0}, input.options());
+  };
   return {or_nothing(mask[0], grad_input), or_nothing(mask[1], grad_weight), or_nothing(mask[2], grad_bias)};
 }
 
 std::tuple<Tensor, Tensor> epilogue_autograd(const Tensor& input, const OptionalTensor& bias,
-                                             OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
-                                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding,
-                                             bool ceil_mode, bool save_code) {
+                                             OptionalName activation, OptionalName pool,
+                                             IntArrayRef pool_size, IntArrayRef pool_stride,
+                                             IntArrayRef pool_padding, bool ceil_mode, bool save_code) {
   const Geometry g = pooling_only(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode);
   const variable_list results = Epilogue::apply(input, bias, g, save_code);
   return {results[0], results[1]};
 }
 
-Tensor expand_autograd(const Tensor& grad, const Tensor& code, SymIntArrayRef input_size, OptionalName activation,
-                       OptionalName pool, SymIntArrayRef pool_size, SymIntArrayRef pool_stride,
-                       SymIntArrayRef pool_padding, bool ceil_mode) {
+Tensor expand_autograd(const Tensor& grad, const Tensor& code, SymIntArrayRef input_size,
+                       OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                       IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
   const Geometry g = pooling_only(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode);
-  return Expand::apply(grad, code, Geometry::pair(input_size), g);
+  return Expand::apply(grad, code, std::vector<SymInt>(input_size.begin(), input_size.end()), g);
 }
 
 Tensor transpose_autograd(const Tensor& grad, const Tensor& code, OptionalName activation, OptionalName pool,
-                          SymIntArrayRef pool_size, SymIntArrayRef pool_stride, SymIntArrayRef pool_padding,
+                          IntArrayRef pool_size, IntArrayRef pool_stride, IntArrayRef pool_padding,
                           bool ceil_mode) {
   return Transpose::apply(grad, code,
                           pooling_only(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode));
@@ -282,13 +326,13 @@ Tensor transpose_autograd(const Tensor& grad, const Tensor& code, OptionalName a
 // ---- The public operator ------------------------------------------------------------------------------
 
 Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                        SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
-                        OptionalName activation, OptionalName pool, SymIntArrayRef pool_size,
-                        at::OptionalSymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool ceil_mode) {
+                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                        OptionalName activation, OptionalName pool, IntArrayRef pool_size,
+                        at::OptionalIntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
   const Geometry g{Geometry::pair(stride),
                    Geometry::pair(padding),
                    Geometry::pair(dilation),
-                   std::move(groups),
+                   groups,
                    activation,
                    pool,
                    Geometry::pair(pool_size),
@@ -297,26 +341,27 @@ Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Optiona
                    ceil_mode};
   const bool save_code = at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() ||
                                                         (bias && bias->defined() && bias->requires_grad()));
-  if (input.dim() == 3) return std::get<0>(call_forward(input.unsqueeze(0), weight, bias, g, save_code)).squeeze(0);
+  if (input.dim() == 3)
+    return std::get<0>(call_forward(input.unsqueeze(0), weight, bias, g, save_code)).squeeze(0);
   return std::get<0>(call_forward(input, weight, bias, g, save_code));
 }
 
 // As autocast does for conv2d: run in the lower precision.
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor conv_relu_pool2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                 SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                                 SymInt groups, OptionalName activation, OptionalName pool,
-                                 SymIntArrayRef pool_size, at::OptionalSymIntArrayRef pool_stride,
-                                 SymIntArrayRef pool_padding, bool ceil_mode) {
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                 int64_t groups, OptionalName activation, OptionalName pool,
+                                 IntArrayRef pool_size, at::OptionalIntArrayRef pool_stride,
+                                 IntArrayRef pool_padding, bool ceil_mode) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
-  using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
-                           SymIntArrayRef, SymInt, OptionalName, OptionalName, SymIntArrayRef,
-                           at::OptionalSymIntArrayRef, SymIntArrayRef, bool);
+  using Signature =
+      Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef,
+             int64_t, OptionalName, OptionalName, IntArrayRef, at::OptionalIntArrayRef, IntArrayRef, bool);
   static const auto op = find<Signature>("dlfast::conv_relu_pool2d");
-  return op.call(cast(input), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, stride, padding, dilation,
-                 std::move(groups), activation, pool, pool_size, pool_stride, pool_padding, ceil_mode);
+  return op.call(cast(input), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, stride, padding,
+                 dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode);
 }
 
 }  // namespace

@@ -8,12 +8,12 @@ namespace dlfast::DLFAST_LEVEL {
 using F = Vec<float, kLanes>;
 
 struct Bands {
-  int64_t pooled_rows;     // in a band, the last one may have fewer
-  int64_t per_image;       // bands
-  int64_t conv_rows;       // convolution rows under a band, at most
-  int64_t conv_cols;       // convolution columns that some window covers
-  int64_t rows, cols;      // of the padded input under a band
-  int64_t row_stride;      // of the padded input, in floats
+  int64_t pooled_rows;  // in a band, the last one may have fewer
+  int64_t per_image;    // bands
+  int64_t conv_rows;    // convolution rows under a band, at most
+  int64_t conv_cols;    // convolution columns that some window covers
+  int64_t rows, cols;   // of the padded input under a band
+  int64_t row_stride;   // of the padded input, in floats
 
   explicit Bands(const ConvBlockParams& p) {
     const ReluPoolParams& pool = p.pool;
@@ -49,8 +49,8 @@ inline void pack_input(const ConvBlockParams& p, const Bands& bands, const Band&
                        float* packed) {
   const int64_t channels = p.conv.in_channels, height = p.conv.input_size[0], width = p.conv.input_size[1];
   const auto [stride_n, stride_c, stride_h, stride_w] = p.input_strides;
-  const int64_t rows = (band.conv_rows - 1) * p.conv.stride[0] +
-                       (p.conv.kernel[0] - 1) * p.conv.dilation[0] + 1;
+  const int64_t rows =
+      (band.conv_rows - 1) * p.conv.stride[0] + (p.conv.kernel[0] - 1) * p.conv.dilation[0] + 1;
   const int64_t top = band.first_conv * p.conv.stride[0] - p.conv.padding[0];
   const int64_t left = std::min(p.conv.padding[1], bands.cols);
   const int64_t inside = std::clamp<int64_t>(width, 0, bands.cols - left);

@@ -4,8 +4,8 @@
 #include "conv_relu_pool/cpu_window.h"
 // In the order they build on each other.
 #include "conv_relu_pool/cpu_band.h"
-#include "conv_relu_pool/cpu_direct_forward.h"
 #include "conv_relu_pool/cpu_direct_backward.h"
+#include "conv_relu_pool/cpu_direct_forward.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
 
 namespace dlfast {

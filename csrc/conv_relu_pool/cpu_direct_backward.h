@@ -64,9 +64,9 @@ inline int64_t list_live(const ConvBlockParams& p, const Bands& bands, const Ban
   const int64_t pooled_width = pool.output_size[1], plane = pool.output_size[0] * pooled_width;
   const int64_t channels = p.conv.out_channels;
   const int64_t step = pool.channels_last ? channels : 1;
-  const int64_t start = (pool.channels_last ? band.image * plane * channels + k
-                                            : (band.image * channels + k) * plane) +
-                        band.first_pooled * pooled_width * step;
+  const int64_t start =
+      (pool.channels_last ? band.image * plane * channels + k : (band.image * channels + k) * plane) +
+      band.first_pooled * pooled_width * step;
   const uint8_t* codes = static_cast<const uint8_t*>(code) + start;
   const float* outputs = static_cast<const float*>(code) + start;
   const float* grads = grad_y + start;
@@ -76,7 +76,8 @@ inline int64_t list_live(const ConvBlockParams& p, const Bands& bands, const Ban
   int64_t count = 0;
   float sum = 0.0f;
   for (int64_t py = 0; py < band.pooled_rows; ++py) {
-    const int64_t top = (band.first_pooled + py) * pool.window.stride[0] - pool.window.padding[0] - band.first_conv;
+    const int64_t top =
+        (band.first_pooled + py) * pool.window.stride[0] - pool.window.padding[0] - band.first_conv;
     for (int64_t px = 0; px < pooled_width; ++px) {
       const int64_t i = (py * pooled_width + px) * step;
       int64_t y = top, x = px * pool.window.stride[1] - pool.window.padding[1];

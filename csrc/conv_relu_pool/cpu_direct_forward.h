@@ -98,9 +98,9 @@ void flush(const T* tile, int64_t pixels, int64_t channels, T* out, int64_t plan
 
 // `windows` 2x2 windows side by side, from pooled column px on: all four pixels of each in registers.
 template <int WINDOWS, int VECTORS>
-DLFAST_INLINE void pooled_2x2(const ConvBlockParams& p, const Bands& bands, const Taps& taps, const float* row,
-                              const float* weight, const float* bias, int64_t px, int64_t pixel,
-                              const PooledTile& tile) {
+DLFAST_INLINE void pooled_2x2(const ConvBlockParams& p, const Bands& bands, const Taps& taps,
+                              const float* row, const float* weight, const float* bias, int64_t px,
+                              int64_t pixel, const PooledTile& tile) {
   const int64_t step_x = p.conv.stride[1] * p.conv.in_channels, step_y = p.conv.stride[0] * bands.row_stride;
   const float* pixels[4 * WINDOWS];
   for (int w = 0; w < WINDOWS; ++w) {

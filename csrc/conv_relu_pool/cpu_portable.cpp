@@ -4,4 +4,3 @@
 #define DLFAST_LEVEL portable
 #define DLFAST_LANES 4
 #include "conv_relu_pool/cpu_bodies.h"
-

@@ -169,7 +169,9 @@ void backward_max(const ReluPoolParams& p, const T* grad_y, const Code* code, T*
   });
 }
 
-DLFAST_INLINE bool mask_bit(const uint8_t* mask, int64_t i) { return (mask[i / 8] >> (i % 8)) & 1; }
+DLFAST_INLINE bool mask_bit(const uint8_t* mask, int64_t i) {
+  return (mask[i / 8] >> (i % 8)) & 1;
+}
 
 // grad_z of average pooling; mask is null where there was no ReLU.
 template <typename T>
@@ -222,10 +224,9 @@ void transpose_pooled(const ReluPoolParams& p, const T* grad_z, const Code* code
         };
         if (p.pool == Pool::max) {
           const Code won = code[out + c];
-          grad_y[out + c] = won == kNoWinner<Code>
-                                ? T(0)
-                                : grad_z[z_index(rows.origin + won / p.window.size[1],
-                                                 cols.origin + won % p.window.size[1])];
+          grad_y[out + c] = won == kNoWinner<Code> ? T(0)
+                                                   : grad_z[z_index(rows.origin + won / p.window.size[1],
+                                                                    cols.origin + won % p.window.size[1])];
           continue;
         }
         Compute<T> sum = 0;

@@ -41,7 +41,9 @@ void* stream_of([[maybe_unused]] const Tensor& tensor) {
 
 // The memory format PyTorch's convolution gives its output.
 at::MemoryFormat convolution_format(const Tensor& input, const Tensor& weight) {
-  const auto is_last = [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; };
+  const auto is_last = [](const Tensor& t) {
+    return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  };
   if (input.scalar_type() == at::kDouble) return at::MemoryFormat::Contiguous;
   return is_last(input) || is_last(weight) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
@@ -79,8 +81,8 @@ void* code_pointer(const Tensor& code) {
 
 // `code` is what forward gave for this problem, in the layout of y.
 Tensor check_code(const char* op, const ReluPoolParams& p, const Tensor& code, const Tensor& like) {
-  TORCH_CHECK(code.device() == like.device(), op, ": code must be on the device of the gradient (", like.device(),
-              "), got ", code.device());
+  TORCH_CHECK(code.device() == like.device(), op, ": code must be on the device of the gradient (",
+              like.device(), "), got ", code.device());
   const std::array<int64_t, 4> output = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
   switch (p.pool) {
     case Pool::none:
@@ -136,8 +138,9 @@ Tensor expand_gradient(const ReluPoolParams& p, Dtype dtype, const Tensor& grad_
   const Tensor grad = grad_output.contiguous(format_of(p));
   Tensor grad_z = empty_input(p, grad_output);
   if (grad_z.numel() > 0) {
-    backend_of(grad_output).backward(p, dtype, grad.const_data_ptr(), code_pointer(code), grad_z.data_ptr(),
-                                     stream_of(grad_output));
+    backend_of(grad_output)
+        .backward(p, dtype, grad.const_data_ptr(), code_pointer(code), grad_z.data_ptr(),
+                  stream_of(grad_output));
   }
   return grad_z;
 }
@@ -156,10 +159,11 @@ Tensor relu_pool2d_backward(const Tensor& grad_output, const Tensor& code, IntAr
               grad_output.sizes());
   const Dtype dtype = check_dtype(op, "grad_output", grad_output);
   check_pair(op, "input_size", input_size, 1);
-  const std::array<int64_t, 4> sizes = {grad_output.size(0), grad_output.size(1), input_size[0], input_size[1]};
-  const ReluPoolParams p = check_pooling(op, sizes,
-                                         {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
-                                         channels_last_of(code, grad_output));
+  const std::array<int64_t, 4> sizes = {grad_output.size(0), grad_output.size(1), input_size[0],
+                                        input_size[1]};
+  const ReluPoolParams p =
+      check_pooling(op, sizes, {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
+                    channels_last_of(code, grad_output));
   check_sizes(op, "grad_output", grad_output, {p.batch, p.channels, p.output_size[0], p.output_size[1]});
   const c10::OptionalDeviceGuard guard(grad_output.device());
   return expand_gradient(p, dtype, grad_output, check_code(op, p, code, grad_output)).clone();
@@ -169,7 +173,8 @@ Tensor relu_pool2d_transpose(const Tensor& grad_input, const Tensor& code, Optio
                              OptionalName pool, IntArrayRef pool_size, IntArrayRef pool_stride,
                              IntArrayRef pool_padding, bool ceil_mode) {
   constexpr const char* op = "relu_pool2d_transpose";
-  TORCH_CHECK(grad_input.dim() == 4, op, ": grad_input must have shape [N, C, H, W], got ", grad_input.sizes());
+  TORCH_CHECK(grad_input.dim() == 4, op, ": grad_input must have shape [N, C, H, W], got ",
+              grad_input.sizes());
   const Dtype dtype = check_dtype(op, "grad_input", grad_input);
   const ReluPoolParams p = check_pooling(op, grad_input.sizes(),
                                          {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
@@ -180,8 +185,9 @@ Tensor relu_pool2d_transpose(const Tensor& grad_input, const Tensor& code, Optio
   const Tensor grad = grad_input.contiguous(format_of(p));
   Tensor grad_y = empty_output(p, grad_input, grad_input.scalar_type());
   if (grad_y.numel() > 0) {
-    backend_of(grad_input).transpose(p, dtype, grad.const_data_ptr(), code_pointer(checked), grad_y.data_ptr(),
-                                     stream_of(grad_input));
+    backend_of(grad_input)
+        .transpose(p, dtype, grad.const_data_ptr(), code_pointer(checked), grad_y.data_ptr(),
+                   stream_of(grad_input));
   }
   return grad_y;
 }
@@ -228,9 +234,8 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
   const Dtype dtype = check_dtype(op, "input", input);
   check_alike(op, "input", input, "input", input);
   check_alike(op, "weight", weight, "input", input);
-  const ConvBlockParams p =
-      check_block(op, input, weight, {stride, padding, dilation, groups},
-                  {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  const ConvBlockParams p = check_block(op, input, weight, {stride, padding, dilation, groups},
+                                        {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   check_bias(op, bias, p.conv.out_channels, input);
 
   const c10::OptionalDeviceGuard guard(input.device());
@@ -259,18 +264,17 @@ bool direct_grad_weight(ConvBlockParams p, const Tensor& grad_output, const Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& code, IntArrayRef stride,
-    IntArrayRef padding, IntArrayRef dilation, int64_t groups, OptionalName activation, OptionalName pool,
-    IntArrayRef pool_size, IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
-    std::array<bool, 3> output_mask) {
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& code,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, OptionalName activation,
+    OptionalName pool, IntArrayRef pool_size, IntArrayRef pool_stride, IntArrayRef pool_padding,
+    bool ceil_mode, std::array<bool, 3> output_mask) {
   constexpr const char* op = "conv_relu_pool2d_backward";
   const Dtype dtype = check_dtype(op, "input", input);
   check_alike(op, "input", input, "input", input);
   check_alike(op, "weight", weight, "input", input);
   check_alike(op, "grad_output", grad_output, "input", input);
-  const ConvBlockParams p =
-      check_block(op, input, weight, {stride, padding, dilation, groups},
-                  {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  const ConvBlockParams p = check_block(op, input, weight, {stride, padding, dilation, groups},
+                                        {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   check_sizes(op, "grad_output", grad_output,
               {p.conv.batch, p.conv.out_channels, p.pool.output_size[0], p.pool.output_size[1]});
   const c10::OptionalDeviceGuard guard(input.device());

@@ -22,7 +22,8 @@ std::string_view forced_plan() {
   return plan;
 }
 
-// Up to here PyTorch's own convolution does not outrun the direct kernel by more than the pass after it costs.
+// Up to here PyTorch's own convolution does not outrun the direct kernel by more than the pass after it
+// costs.
 bool direct_forward_wins(const ConvBlockParams& p) {
   return p.conv.in_channels <= 16;
 }

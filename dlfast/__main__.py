@@ -1,0 +1,8 @@
+"""``python -m dlfast``."""
+
+import sys
+
+from dlfast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

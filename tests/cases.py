@@ -1,0 +1,161 @@
+"""The grid of problems that every test of the convolution blocks shares, and how results are compared.
+
+Data come in two kinds. Small integers make every product and sum exact in every dtype, so results must be
+equal to the last bit and ties are frequent. Normal numbers are compared with float64, within a bound that
+follows from the dtype and the number of terms.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlfast import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: input [n, c, h, w], weight [k, c / groups, *kernel]."""
+
+    n: int = 2
+    c: int = 3
+    h: int = 9
+    w: int = 11
+    k: int = 5
+    kernel: tuple[int, int] = (3, 3)
+    conv: dict[str, Any] = field(default_factory=dict)
+    pool: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.conv, **self.pool}
+
+    @property
+    def terms(self) -> int:
+        """Products in one element of the convolution output."""
+        return self.kernel[0] * self.kernel[1] * self.c // self.conv.get("groups", 1)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.n}x{self.c}x{self.h}x{self.w}-{self.k}x{self.kernel[0]}x{self.kernel[1]}-{options}"
+
+
+POOLS: list[dict[str, Any]] = [
+    {},
+    {"activation": None},
+    {"pool": "avg"},
+    {"pool": "avg", "activation": None, "pool_size": 3, "pool_stride": 2, "pool_padding": 1, "ceil_mode": True},
+    {"pool": None},
+    {"pool": None, "activation": None},
+    {"pool_size": 3},
+    {"pool_size": 3, "pool_stride": 2, "pool_padding": 1},
+    {"pool_size": 3, "pool_stride": 2, "ceil_mode": True},
+    {"pool_size": (3, 2), "pool_stride": 1, "activation": None},
+    {"pool_size": 2, "pool_stride": 3},
+    {"pool_size": (2, 3), "pool_stride": (2, 1), "pool_padding": (1, 1), "ceil_mode": True},
+]
+
+CONVS: list[Case] = [
+    *(Case(kernel=(k, k), conv={"padding": k // 2}) for k in range(1, 8)),
+    Case(kernel=(5, 2), conv={"padding": (2, 0)}),
+    Case(conv={"stride": 2}),
+    Case(h=13, conv={"stride": (1, 2), "padding": (0, 2)}),
+    Case(h=13, w=14, conv={"dilation": 2}),
+    Case(h=13, w=14, conv={"dilation": (1, 3), "padding": 3}),
+    Case(kernel=(3, 1), conv={"dilation": (2, 2), "padding": 1}),
+    Case(c=4, k=6, conv={"groups": 2, "padding": 1}),
+    Case(c=6, k=6, conv={"groups": 6, "padding": 1}),
+    Case(c=4, k=8, conv={"groups": 4, "stride": 2, "padding": 2}),
+    Case(c=1, k=32, h=14, w=14, conv={"padding": 1}),
+    Case(c=1, k=16, h=7, w=6, conv={"padding": 1}),
+    Case(c=3, k=33, h=10, w=8, conv={"padding": 1}),
+    Case(c=17, k=16, h=8, w=8, conv={"padding": 1}),
+    Case(n=1, c=2, k=8, h=40, w=5, conv={"padding": 1}),
+    Case(n=5, c=2, k=9, h=4, w=30, kernel=(1, 7), conv={"padding": (0, 3)}),
+    Case(n=1, c=1, k=1, h=3, w=3, conv={"padding": 2}),
+    Case(n=0, conv={"padding": 1}),
+]
+
+GRID: list[Case] = [replace(conv, pool=pool) for conv, pool in itertools.product(CONVS, POOLS)]
+
+# One case of each kind, for tests that cost more.
+SAMPLE: list[Case] = [
+    Case(c=1, k=32, h=14, w=14, conv={"padding": 1}),
+    Case(conv={"padding": 1}, pool={"pool_size": 3, "pool_stride": 2, "pool_padding": 1}),
+    Case(conv={"padding": 1}, pool={"pool": "avg"}),
+    Case(pool={"pool": "avg", "activation": None}),
+    Case(pool={"pool": None}),
+    Case(c=4, k=6, conv={"groups": 2, "padding": 1}, pool={"activation": None}),
+]
+
+
+def integers(case: Case, dtype: torch.dtype, seed: int = 0, bias: bool = True) -> list[Tensor]:
+    """Input, weight and bias of small whole numbers, exact in `dtype` through the whole block."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, high: int) -> Tensor:
+        return torch.randint(-high, high + 1, shape, generator=generator).to(dtype)
+
+    weight = draw(case.k, case.c // case.conv.get("groups", 1), *case.kernel, high=1)
+    tensors = [draw(case.n, case.c, case.h, case.w, high=1), weight]
+    return [*tensors, draw(case.k, high=2)] if bias else tensors
+
+
+def normals(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (case.n, case.c, case.h, case.w),
+        (case.k, case.c // case.conv.get("groups", 1), *case.kernel),
+        (case.k,),
+    ]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def in_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers laid out differently in memory."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "sliced":
+        n, c, h, w = tensor.shape
+        wide = tensor.new_full((n, c + 1, h + 2, 2 * w + 1), float("nan"))
+        wide[:, 1:, 1:-1, 1::2] = tensor
+        return wide[:, 1:, 1:-1, 1::2]
+    if layout == "offset":
+        flat = tensor.new_empty(tensor.numel() + 1)
+        flat[1:] = tensor.flatten()
+        return flat[1:].view(tensor.shape)
+    assert layout == "contiguous"
+    return tensor
+
+
+LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "offset"]
+
+
+def run(function: Any, tensors: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """Output of `function` and the gradients of its inputs, for a fixed integer gradient of the output."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = function(*leaves, **options)
+    grad = torch.arange(output.numel(), device=output.device).remainder(5).sub(2).to(output.dtype)
+    output.backward(grad.view(output.shape))
+    return output.detach(), [leaf.grad for leaf in leaves]
+
+
+def forward_bound(case: Case, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """How far a result in `dtype` may be from float64, element by element.
+
+    A sum of n products in float32 is off by at most about n * eps of the sum of their absolute values, and
+    typically by sqrt(n) * eps; 4 * (sqrt(n) + 1) leaves room for every order of summation. 16-bit results
+    are rounded twice more (the convolution output and the result), average pooling by as much again.
+    """
+    magnitude = reference.conv_relu_pool2d(*(t.double().abs() for t in tensors), **case.options)
+    accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    bound = 4 * (case.terms**0.5 + 1) * accumulate
+    if dtype in (torch.bfloat16, torch.float16):
+        bound += 2 * torch.finfo(dtype).eps
+    return magnitude * bound + torch.finfo(dtype).tiny

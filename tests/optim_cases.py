@@ -1,0 +1,75 @@
+"""Optimizers, options and shapes that the optimizer tests share."""
+
+import torch
+from torch import nn
+
+import dlfast.optim
+
+STEPS = 100
+
+# Algorithm and options; learning rates large enough that a wrong term shows.
+CASES = [
+    ("SGD", {"lr": 0.05}),
+    ("SGD", {"lr": 0.05, "weight_decay": 0.1, "maximize": True}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.05, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.05, "momentum": 0.8, "dampening": -0.5, "maximize": True}),
+    ("Adam", {"lr": 0.05}),
+    ("Adam", {"lr": 0.05, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}),
+    ("Adam", {"lr": 0.05, "amsgrad": True, "maximize": True}),
+    ("Adam", {"lr": 0.05, "betas": (0.0, 0.9), "amsgrad": True, "weight_decay": 0.1}),
+    ("Adam", {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("AdamW", {"lr": 0.05}),
+    ("AdamW", {"lr": 0.05, "weight_decay": 0.3, "amsgrad": True}),
+    ("AdamW", {"lr": 0.05, "betas": (0.8, 0.95), "maximize": True}),
+]
+CASE_IDS = [f"{name}-{'-'.join(options)}" for name, options in CASES]
+
+# Sizes around every vector width (2 to 16 elements), the CPU's unit of work (1024) and the GPU's (4096).
+SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 1023, 1024, 1025, 4095, 4096, 4097]
+
+
+def make(lib, name, options, params):
+    return getattr(lib, name)(params, **options)
+
+
+def pair(name, options, tensors, **ours):
+    """The same problem for torch.optim and for dlfast.optim."""
+    theirs = [nn.Parameter(t.clone()) for t in tensors]
+    mine = [nn.Parameter(t.clone()) for t in tensors]
+    return (
+        (theirs, make(torch.optim, name, options, theirs)),
+        (mine, make(dlfast.optim, name, {**options, **ours}, mine)),
+    )
+
+
+def set_grads(generator, *param_lists):
+    """The same non-zero gradients for parameters of the same shapes."""
+    for params in zip(*param_lists, strict=True):
+        grad = torch.randn(params[0].shape, generator=generator, dtype=torch.float64)
+        grad = grad + 0.1 * grad.sign()
+        for p in params:
+            p.grad = grad.to(p.device, p.dtype, copy=True)
+
+
+def tolerance(dtype, steps=STEPS):
+    """Bound on how far two correct runs may drift apart, absolute for values of about 1.
+
+    A step is some eight roundings of values of the parameter's size, or of an update of the size of lr. Their
+    errors add up over the steps, and never grow, because the gradients here do not depend on the parameters.
+    """
+    return 8 * steps * torch.finfo(dtype).eps
+
+
+def assert_same(mine, theirs, bound):
+    for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert a.isfinite().all()
+        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        torch.testing.assert_close(
+            a.detach().cpu(),
+            b.detach().cpu(),
+            rtol=0,
+            atol=bound * scale,
+            msg=lambda m, i=i: f"tensor {i}: {m}",
+        )

@@ -1,0 +1,197 @@
+"""The fused block against the reference, over the whole grid."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dlfast
+from dlfast import reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["direct", "epilogue"])
+def plan(request, monkeypatch):
+    """Both ways of computing a block, whichever the planner would choose."""
+    monkeypatch.setenv("DLFAST_PLAN", request.param)
+    return request.param
+
+
+def assert_same_as_reference(case: Case, tensors: list[torch.Tensor]) -> None:
+    """Equal bits forward; backward equal where sums of whole numbers stay exact."""
+    output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
+    dtype = output.dtype
+    averaged = case.pool.get("pool") == "avg"
+    # An average divides, and gradients in 16 bits are rounded where the reference rounds elsewhere.
+    assert output.dtype == expected.dtype
+    if output.numel() > 0:
+        assert output.stride() == expected.stride()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(output, expected, rtol=2 * eps if averaged else 0, atol=2 * eps if averaged else 0)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        exact = not averaged and dtype in (torch.float32, torch.float64)
+        # Where a sum cancels, what is left is the rounding of its terms, which are about 1.
+        scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=0 if exact else 8 * eps * scale)
+
+
+@pytest.mark.parametrize("case", cases.GRID, ids=str)
+def test_grid_float32(case, plan):
+    assert_same_as_reference(case, cases.integers(case, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", cases.GRID[::5], ids=str)
+def test_grid_other_dtypes(case, dtype):
+    assert_same_as_reference(case, cases.integers(case, dtype))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("case", cases.SAMPLE, ids=str)
+def test_layouts(case, layout, plan):
+    input, weight, bias = cases.integers(case, torch.float32)
+    assert_same_as_reference(case, [cases.in_layout(input, layout), weight, bias])
+    assert_same_as_reference(case, [input, cases.in_layout(weight, layout), bias])
+
+
+@pytest.mark.parametrize("case", cases.SAMPLE, ids=str)
+def test_without_bias(case, plan):
+    assert_same_as_reference(case, cases.integers(case, torch.float32, bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.SAMPLE, ids=str)
+def test_accuracy_against_float64(case, dtype, plan):
+    tensors = cases.normals(case, dtype)
+    output = dlfast.conv_relu_pool2d(*tensors, **case.options)
+    expected = reference.conv_relu_pool2d(*(t.double() for t in tensors), **case.options)
+    assert ((output.double() - expected).abs() <= cases.forward_bound(case, tensors, dtype)).all()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(data, plan):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    kernel = (draw(1, 4), draw(1, 4))
+    groups = draw(1, 2)
+    conv = {
+        "stride": (draw(1, 3), draw(1, 3)),
+        "padding": (draw(0, 3), draw(0, 3)),
+        "dilation": (draw(1, 2), draw(1, 2)),
+        "groups": groups,
+    }
+    window = (draw(1, 4), draw(1, 4))
+    pool = {
+        "pool": data.draw(st.sampled_from(["max", "avg", None])),
+        "activation": data.draw(st.sampled_from(["relu", None])),
+        "pool_size": window,
+        "pool_stride": (draw(1, 4), draw(1, 4)),
+        "pool_padding": (draw(0, window[0] // 2), draw(0, window[1] // 2)),
+        "ceil_mode": data.draw(st.booleans()),
+    }
+    case = Case(draw(0, 3), groups * draw(1, 5), draw(1, 20), draw(1, 20), groups * draw(1, 20), kernel, conv, pool)
+    tensors = cases.integers(case, torch.float32)
+    tensors[0] = cases.in_layout(tensors[0], data.draw(st.sampled_from(cases.LAYOUTS)))
+    try:
+        reference.conv_relu_pool2d(*tensors, **case.options)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            dlfast.conv_relu_pool2d(*tensors, **case.options)
+        return
+    assert_same_as_reference(case, tensors)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 4)])
+def test_named_padding(padding, kernel):
+    case = Case(kernel=kernel, conv={"padding": padding})
+    assert_same_as_reference(case, cases.integers(case, torch.float32))
+
+
+def test_unbatched():
+    case = Case(n=1, conv={"padding": 1})
+    input, weight, bias = cases.integers(case, torch.float32)
+    assert_same_as_reference(case, [input[0], weight, bias])
+
+
+SPECIAL = {
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "-inf": float("-inf"),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("where", ["input", "bias"])
+@pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("pool", cases.POOLS[:9], ids=str)
+def test_nan_and_infinity(pool, value, where, layout, plan):
+    """No padding: what a zero of the padding makes of an infinity differs between PyTorch's own algorithms."""
+    case = Case(c=2, k=16, h=12, w=10, pool=pool)
+    input, weight, bias = cases.integers(case, torch.float32)
+    weight = weight + 2  # no zeros, so that every path meets the same products
+    if where == "input":
+        input[0, 0, 3, 4] = input[1, 1, 7, 7] = value
+    else:
+        bias[3] = value
+    tensors = [cases.in_layout(input, layout), weight, bias]
+    output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=0, equal_nan=True)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_ties_go_to_the_first_position(plan):
+    """Constant input: every position of a window ties, and the gradient belongs to its first."""
+    input = torch.ones(1, 1, 6, 6, requires_grad=True)
+    weight = torch.ones(1, 1, 1, 1)
+    dlfast.conv_relu_pool2d(input, weight, pool_size=3, pool_stride=3).sum().backward()
+    expected = torch.zeros(6, 6)
+    expected[::3, ::3] = 1
+    assert torch.equal(input.grad[0, 0], expected)
+
+
+def test_no_gradient_where_relu_is_exactly_zero(plan):
+    input = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    weight = torch.ones(1, 1, 1, 1, requires_grad=True)
+    dlfast.conv_relu_pool2d(input, weight).sum().backward()
+    assert input.grad.abs().sum() == 0
+    assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("case", cases.SAMPLE, ids=str)
+def test_gradcheck(case):
+    small = Case(1, case.c, 6, 7, case.k if case.k < 32 else 3, case.kernel, case.conv, case.pool)
+    tensors = [t.requires_grad_() for t in cases.normals(small, torch.float64)]
+
+    def block(*tensors: torch.Tensor) -> torch.Tensor:
+        return dlfast.conv_relu_pool2d(*tensors, **small.options)
+
+    assert torch.autograd.gradcheck(block, tensors)
+    assert torch.autograd.gradgradcheck(block, tensors)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_same_bits_from_run_to_run(threads, plan):
+    case = Case(n=7, c=3, k=40, h=32, w=30, conv={"padding": 1})
+    tensors = cases.normals(case, torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+        second = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+    expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
+    torch.testing.assert_close(first[0], expected, rtol=1e-4, atol=1e-4)
+    for grad, wanted in zip(first[1], expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())

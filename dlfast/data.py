@@ -1,8 +1,9 @@
 """Labelled images, split into train, val and test, as batches of tensors.
 
 Whatever the source, an image arrives as float32 (channels, height, width), of the size and with the
-channels that the network wants, shifted and scaled by the mean and deviation that are usual for its source. Splits and the order of batches are functions of seeds alone, so that a
-run can be repeated and resumed. scikit-learn and torchvision are imported where they are needed.
+channels that the network wants, shifted and scaled by the mean and deviation of its source. Splits and the
+order of batches are functions of seeds alone, so that a run can be repeated and resumed. scikit-learn and
+torchvision are imported where they are needed.
 """
 
 from __future__ import annotations

@@ -17,38 +17,41 @@ from dlfast.models import NETWORKS, build
 from dlfast.settings import Settings, make_optimizer, new_settings, read_settings
 from dlfast.train import TrainConfig, fit
 
-SIZES = {
-    "twoconv": (8, 8),
-    "convpool": (16, 16),
-    "mnistnet": (12, 12),
-    "stacked": (12, 12),
-    "lenet": (20, 20),
-}
+SIZES = {"twoconv": 8, "convpool": 12, "mnistnet": 8, "stacked": 10, "lenet": 20}
+# lenet's article learns at 0.001 from batches of 4, too slowly for 50 steps to show anything.
+LEARNING_RATES = {"lenet": 0.02}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The steps are too small for two, which only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fifty_losses(name, backend):
+    config = TrainConfig(
+        name, input_size=(SIZES[name], SIZES[name]), epochs=1, batch_size=24, backend=backend,
+        lr=LEARNING_RATES.get(name), device="cpu", progress=False,
+    )  # fmt: skip
+    losses = torch.tensor(fit(config).step_losses[:50])
+    assert len(losses) == 50
+    return losses
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_loss_curves_of_both_backends_agree(name):
-    """Over the first 50 steps, to 1e-3 of the loss.
+    """Over the first 50 steps, to 2e-4 of the loss.
 
-    One step differs by the rounding of float32 sums, about 1e-6. Training amplifies that: plain PyTorch
-    itself, once with and once without oneDNN's convolutions, drifts apart by up to 1e-4 in these runs.
+    Both round their float32 sums differently, by about 1e-7 in a step, and training amplifies that. Plain
+    PyTorch with and without oneDNN's convolutions drifts apart by up to 1.5e-5 in these very runs; kernels
+    of ours are allowed ten times as much.
     """
-    losses = []
-    for backend in ("fused", "torch"):
-        config = TrainConfig(
-            name,
-            input_size=SIZES[name],
-            epochs=1,
-            batch_size=24,
-            backend=backend,
-            device="cpu",
-            progress=False,
-        )
-        losses.append(torch.tensor(fit(config).step_losses[:50]))
-        assert len(losses[-1]) == 50
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
-    assert losses[0].isfinite().all()
-    assert losses[0][-10:].mean() < losses[0][:10].mean() - 0.01
+    fused, plain = (fifty_losses(name, backend) for backend in ("fused", "torch"))
+    torch.testing.assert_close(fused, plain, rtol=2e-4, atol=0)
+    assert plain[-10:].mean() < plain[:10].mean() - 0.01
 
 
 @pytest.fixture(scope="module")

@@ -331,7 +331,7 @@ def test_public_operator(dtype, memory_format, pool):
     grad = torch.randn(expected.shape, generator=generator).to(dtype)
     expected.backward(grad.double())
 
-    ours = [t.cuda() for t in tensors]
+    ours = [t.detach().cuda() for t in tensors]
     ours[:2] = [t.contiguous(memory_format=memory_format) for t in ours[:2]]
     ours = [t.requires_grad_() for t in ours]
     output = dlfast.conv_relu_pool2d(*ours, padding=1, pool=pool)

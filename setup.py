@@ -29,7 +29,11 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
 # The newest architecture also gets PTX, so that later GPUs can run the binary.
-DEFAULT_ARCHS = {11: "7.5;8.0;8.6+PTX", 12: "7.5;8.0;8.6;8.9;9.0+PTX", 13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"}
+DEFAULT_ARCHS = {
+    11: "7.5;8.0;8.6+PTX",
+    12: "7.5;8.0;8.6;8.9;9.0+PTX",
+    13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX",
+}
 
 
 def flag(name: str, default: bool) -> bool:

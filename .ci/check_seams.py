@@ -20,12 +20,21 @@ RULES = [
     (r"common/portability\.h", [r"<cuda_\w+\.h>", COMMON]),
     (r"common/\w+\.h", [COMMON, r"<cuda_\w+\.h>"]),
     (r".*/(params|step)\.h", [COMMON, OWN]),
-    (r".*/cpu_\w+\.(h|cpp)", [COMMON, OWN, r"<immintrin\.h>", r"<ATen/Parallel\.h>", r"<c10/util/(BFloat16|Half)\.h>"]),
+    (
+        r".*/cpu_\w+\.(h|cpp)",
+        [COMMON, OWN, r"<immintrin\.h>", r"<ATen/Parallel\.h>", r"<c10/util/(BFloat16|Half)\.h>"],
+    ),
     (r".*/kernel_\w+\.cuh", [COMMON, OWN, KERNELS]),
-    (r".*/launch\.cu", [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>"]),
+    (
+        r".*/launch\.cu",
+        [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>", r"<c10/util/Exception\.h>"],
+    ),
     (r".*/launch\.h", [COMMON, OWN, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
-    (r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan|relu_pool)\.(h|cpp))", [r"<[\w/.]+>", r'"(?!.*kernel_)[\w/.]+"']),
+    (
+        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan|relu_pool)\.(h|cpp))",
+        [r"<[\w/.]+>", r'"(?!.*kernel_)[\w/.]+"'],
+    ),
 ]
 
 

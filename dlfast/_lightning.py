@@ -173,17 +173,13 @@ class Record(Checkpoint):
         write_history(self.out, self.history)
         self.report(row)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.exception = exception
 
 
 def best_epoch(history: list[Epoch]) -> Epoch:
     """The epoch of the highest accuracy on val; among equals the lowest loss, then the first."""
-    return max(
-        history, key=lambda e: (e.val_accuracy, -e.val_loss if math.isfinite(e.val_loss) else -math.inf)
-    )
+    return max(history, key=lambda e: (e.val_accuracy, -e.val_loss if math.isfinite(e.val_loss) else -math.inf))
 
 
 def write_history(out: Path, history: list[Epoch]) -> None:
@@ -219,9 +215,7 @@ def _curves(history: list[Epoch]) -> bytes:
 class WholeFiles(TorchCheckpointIO):
     """Checkpoints that are there whole or not at all, and whose defects are told in one line."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         # Into memory first: torch reports a full disk without saying so.
         content = io.BytesIO()
         torch.save(checkpoint, content)
@@ -314,9 +308,7 @@ def print_epoch(epochs: int) -> Callable[[Epoch], None]:
 def quiet() -> Iterator[None]:
     """Without Lightning's advice: we choose the number of workers and where things are logged ourselves."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    loggers += [
-        logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")
-    ]
+    loggers += [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         for message in (".*does not have many workers.*", ".*GPU available but not used.*"):

@@ -277,9 +277,7 @@ def _cifar10(data_dir: Path, form: Form, seed: int) -> Data:
     return _with_val(*train, *test, form)
 
 
-def _torchvision(
-    dataset: Callable[..., Any], root: Path, folder: Path, names: Iterable[str]
-) -> tuple[Any, Any]:
+def _torchvision(dataset: Callable[..., Any], root: Path, folder: Path, names: Iterable[str]) -> tuple[Any, Any]:
     """The training and the test set of one of torchvision's; its files `names` lie in `folder`, below `root`.
 
     They are downloaded only where one is absent.
@@ -298,9 +296,7 @@ def _torchvision(
                 errno.EROFS,
             ):
                 raise
-            raise UsageError(
-                f"{folder}: no {absent[0]}, and it cannot be downloaded ({one_line(error)})"
-            ) from error
+            raise UsageError(f"{folder}: no {absent[0]}, and it cannot be downloaded ({one_line(error)})") from error
     try:
         return dataset(root, train=True), dataset(root, train=False)
     except PermissionError:
@@ -350,9 +346,7 @@ def _folder(data_dir: Path, form: Form, seed: int) -> Data:
         labels = [label for _, label in train]
         pieces = [[train[i] for i in part] for part in split(labels, [0.1] * len(wanted), seed)]
         if not all(pieces):
-            raise UsageError(
-                f"{data_dir}: too few images ({len(train)}) to split into train and {', '.join(wanted)}"
-            )
+            raise UsageError(f"{data_dir}: too few images ({len(train)}) to split into train and {', '.join(wanted)}")
         train = pieces[0]
         parts.update(zip(wanted, pieces[1:], strict=True))
     test_name = "test" if "test" in parts else "val"

@@ -46,9 +46,7 @@ def _conv_relu_pool2d(
     pool_padding: Sizes, ceil_mode: bool, save_code: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return _relu_pool2d(
-        z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code
-    )
+    return _relu_pool2d(z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code)
 
 
 def _conv_relu_pool2d_backward(

@@ -101,8 +101,7 @@ def _gpus() -> str:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         names.append(
-            f"{properties.name} (sm_{properties.major}{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB)"
+            f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB)"
         )
     return ", ".join(names)
 

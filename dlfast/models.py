@@ -126,9 +126,7 @@ class ConvNet(nn.Module):
         for number, stage in enumerate(network.stages, 1):
             size = stage.output_size(size)
             if min(size) < 1:
-                raise ValueError(
-                    f"input_size {self.input_size} is too small: nothing is left after conv{number}"
-                )
+                raise ValueError(f"input_size {self.input_size} is too small: nothing is left after conv{number}")
             self.convs.append(f"conv{number}")
             self.add_module(self.convs[-1], _fused(stage, channels) if fused else _plain(stage, channels))
             channels = stage.channels
@@ -210,9 +208,7 @@ def build(
     )
 
 
-def twoconv(
-    num_classes: int = 10, in_channels: int = 3, input_size: Size2 = 32, fused: bool = True
-) -> ConvNet:
+def twoconv(num_classes: int = 10, in_channels: int = 3, input_size: Size2 = 32, fused: bool = True) -> ConvNet:
     """Two 3x3 convolutions of 64 channels with ReLU, no pooling, then 256 and `num_classes` features.
 
     >>> import torch
@@ -222,9 +218,7 @@ def twoconv(
     return build("twoconv", num_classes, in_channels, input_size, fused)
 
 
-def convpool(
-    num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 289, fused: bool = True
-) -> ConvNet:
+def convpool(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 289, fused: bool = True) -> ConvNet:
     """Two 3x3 convolutions, each with max pooling and no activation, then one linear layer.
 
     >>> import torch
@@ -234,9 +228,7 @@ def convpool(
     return build("convpool", num_classes, in_channels, input_size, fused)
 
 
-def mnistnet(
-    num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28, fused: bool = True
-) -> ConvNet:
+def mnistnet(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28, fused: bool = True) -> ConvNet:
     """Two 3x3 convolutions, each with ReLU and max pooling, then 128 and `num_classes` features.
 
     >>> import torch
@@ -246,9 +238,7 @@ def mnistnet(
     return build("mnistnet", num_classes, in_channels, input_size, fused)
 
 
-def stacked(
-    num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28, fused: bool = True
-) -> ConvNet:
+def stacked(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28, fused: bool = True) -> ConvNet:
     """Two unpadded 3x3 convolutions with ReLU, one max pooling, then 128 features and log-probabilities.
 
     >>> import torch

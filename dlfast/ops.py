@@ -17,9 +17,7 @@ if native.module is not None:
     fake.register()
 
 
-def same_padding(
-    kernel_size: Sequence[int], dilation: Sequence[int]
-) -> tuple[tuple[int, int], list[int] | None]:
+def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], list[int] | None]:
     """The symmetric part of padding="same", and what `F.pad` must add first where a side needs one more.
 
     PyTorch puts the odd element at the end (bottom, right).
@@ -32,7 +30,7 @@ def same_padding(
 
 def pair(name: str, value: Size2) -> tuple[int, int]:
     """`value` as (height, width); an int counts for both."""
-    if isinstance(value, int) or (isinstance(value, torch.SymInt)):
+    if isinstance(value, int):
         return (value, value)
     values = tuple(value)
     if len(values) == 1:

@@ -30,7 +30,7 @@ def conv_relu_pool2d(
     ceil_mode: bool = False,
 ) -> Tensor:
     """Convolution, then `activation`, then pooling; see :func:`dlfast.conv_relu_pool2d`."""
-    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return relu_pool2d(
         output,
         activation=activation,

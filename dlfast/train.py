@@ -125,9 +125,7 @@ def _check_model(settings: Settings) -> None:
 
 def _model(settings: Settings, num_classes: int) -> ConvNet:
     try:
-        return build(
-            settings.network, num_classes, input_size=settings.input_size, fused=settings.backend == "fused"
-        )
+        return build(settings.network, num_classes, input_size=settings.input_size, fused=settings.backend == "fused")
     except ValueError as error:
         raise UsageError(f"{settings.network}: {one_line(error)}") from error
 
@@ -167,9 +165,7 @@ def _fit(settings: Settings, config: TrainConfig, out: Path, device: str) -> Res
     model = _model(settings, len(data.classes))
     training = lightning.Training(model, settings, len(data.classes), data.fingerprint)
     say = print if config.progress else _say_nothing
-    record = lightning.Record(
-        out, lightning.print_epoch(settings.epochs) if config.progress else _say_nothing
-    )
+    record = lightning.Record(out, lightning.print_epoch(settings.epochs) if config.progress else _say_nothing)
     last = out / "last.ckpt"
     saved = _checked(lightning.read_checkpoint(last), training, last) if last.exists() else None
     if saved is not None:
@@ -234,9 +230,7 @@ def _checked(checkpoint: dict[str, Any], training: Any, path: Path) -> dict[str,
         if name not in MAY_CHANGE and ours["settings"].get(name) != value:
             raise UsageError(f"{path}: is of another run ({name} {ours['settings'].get(name)}, not {value})")
     if ours["fingerprint"] != training.fingerprint:
-        raise UsageError(
-            f"{path}: was made from other images than those in --data {training.settings.data} now"
-        )
+        raise UsageError(f"{path}: was made from other images than those in --data {training.settings.data} now")
     return checkpoint
 
 
@@ -286,9 +280,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dlfast train``. None of them has a default here, see `dlfast.settings`."""
     add = parser.add_argument
     add("network", choices=tuple(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
-    add(
-        "--data", choices=tuple(datasets.SOURCES), help="the images (default: digits, which needs no network)"
-    )
+    add("--data", choices=tuple(datasets.SOURCES), help="the images (default: digits, which needs no network)")
     add("--data-dir", type=Path, metavar="DIR", help="folder of the files of mnist, cifar10 or folder")
     add("--input-size", type=_image_size, metavar="N|HxW", help="resize images (default: the article's)")
     add("--epochs", type=int, metavar="N", help="passes over the training images (default: 5)")

@@ -47,7 +47,11 @@ REFUSED = [
     ("weight", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W.double())),
     ("bias", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, B.half())),
     ("input", NotImplementedError, lambda: dlfast.conv_relu_pool2d(X.long(), W.long())),
-    ("input", NotImplementedError, lambda: dlfast.conv_relu_pool2d(X.to(torch.complex64), W.to(torch.complex64))),
+    (
+        "input",
+        NotImplementedError,
+        lambda: dlfast.conv_relu_pool2d(X.to(torch.complex64), W.to(torch.complex64)),
+    ),
     ("input", RuntimeError, lambda: dlfast.conv_relu_pool2d(X.to_sparse(), W)),
     ("weight", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W.to_sparse())),
 ]
@@ -87,9 +91,7 @@ def test_expanded_and_overlapping_tensors(plan, monkeypatch):
     expanded = torch.randn(1, 1, 8, 8).expand(2, 4, 8, 8)
     overlapping = torch.randn(200).as_strided((2, 4, 8, 8), (16, 4, 2, 1))
     for input in (expanded, overlapping):
-        torch.testing.assert_close(
-            dlfast.conv_relu_pool2d(input, W, B), dlfast.reference.conv_relu_pool2d(input, W, B)
-        )
+        torch.testing.assert_close(dlfast.conv_relu_pool2d(input, W, B), dlfast.reference.conv_relu_pool2d(input, W, B))
 
 
 def test_unknown_plan_is_refused(monkeypatch):

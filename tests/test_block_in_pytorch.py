@@ -95,7 +95,8 @@ def test_opcheck_of_the_pass_after(options):
     grad = torch.randn_like(output, requires_grad=True)
     torch.library.opcheck(torch.ops.dlfast._relu_pool2d_backward.default, (grad, code, [8, 9], *window))
     torch.library.opcheck(
-        torch.ops.dlfast._relu_pool2d_transpose.default, (torch.randn_like(z, requires_grad=True), code, *window)
+        torch.ops.dlfast._relu_pool2d_transpose.default,
+        (torch.randn_like(z, requires_grad=True), code, *window),
     )
 
 

@@ -151,14 +151,11 @@ def test_without_the_extra():
     done = python("-c", script)
     assert done.returncode == 2
     assert done.stderr == (
-        "dlfast: error: train needs the package pytorch_lightning; "
-        "install the extra: pip install 'dlfast[train]'\n"
+        "dlfast: error: train needs the package pytorch_lightning; install the extra: pip install 'dlfast[train]'\n"
     )
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("bug"), OSError(errno.EBADF, "bug"), ModuleNotFoundError(name="x")]
-)
+@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EBADF, "bug"), ModuleNotFoundError(name="x")])
 def test_bugs_keep_their_traceback(monkeypatch, error):
     def run(args):
         raise error
@@ -248,9 +245,7 @@ def side(backend, seconds):
     return demo.Side(backend, Result(), 1000, seconds)
 
 
-@pytest.mark.parametrize(
-    ("fused", "verdict"), [(1.0, "faster"), (4.0, "slower"), (2.0, "no clear difference")]
-)
+@pytest.mark.parametrize(("fused", "verdict"), [(1.0, "faster"), (4.0, "slower"), (2.0, "no clear difference")])
 def test_demo_says_what_came_out(capsys, fused, verdict):
     sides = [side("fused", [fused] * 9), side("torch", [2.0, 2.01, 1.99] * 3)]
     demo.print_table(sides)

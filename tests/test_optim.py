@@ -6,7 +6,7 @@ from optim_cases import CASE_IDS, CASES, SIZES, STEPS, assert_same, pair, set_gr
 from torch import nn
 
 import dlfast.optim
-from dlfast import native
+from dlfast._native import native
 
 LOW = [torch.bfloat16, torch.float16]
 FULL = [torch.float32, torch.float64]

@@ -14,7 +14,7 @@ from optim_cases import assert_same, pair, set_grads, tolerance
 from torch import nn
 
 import dlfast.optim
-from dlfast import native
+from dlfast._native import native
 
 NAMES = ["SGD", "Adam", "AdamW"]
 OPTIONS = {
@@ -106,9 +106,7 @@ def test_copies_step_on_their_own(name, how):
     opt = getattr(dlfast.optim, name)(model.parameters(), **OPTIONS[name])
     generator = torch.Generator().manual_seed(1)
     steps(generator, [(list(model.parameters()), opt)], 3)
-    model2, opt2 = (
-        copy.deepcopy((model, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, opt)))
-    )
+    model2, opt2 = copy.deepcopy((model, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, opt)))
     frozen = [p.detach().clone() for p in model.parameters()]
     state = generator.get_state()
     steps(generator, [(list(model2.parameters()), opt2)], 3)
@@ -250,11 +248,7 @@ def test_bad_options_are_refused_by_name(name):
     p = nn.Parameter(torch.ones(3))
     nan = float("nan")
     bad = [("lr", nan), ("lr", -1.0), ("lr", torch.ones(2)), ("weight_decay", nan), ("weight_decay", -0.1)]
-    bad += (
-        [("momentum", nan), ("momentum", -1), ("dampening", nan)]
-        if name == "SGD"
-        else [("eps", nan), ("eps", -1)]
-    )
+    bad += [("momentum", nan), ("momentum", -1), ("dampening", nan)] if name == "SGD" else [("eps", nan), ("eps", -1)]
     for option, value in bad:
         with pytest.raises(ValueError, match=option):
             make([p], **{option: value})

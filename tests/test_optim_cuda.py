@@ -8,7 +8,7 @@ from optim_cases import CASE_IDS, CASES, SIZES, assert_same, set_grads, toleranc
 from torch import nn
 
 import dlfast.optim
-from dlfast import native
+from dlfast._native import native
 
 pytestmark = [
     pytest.mark.cuda,

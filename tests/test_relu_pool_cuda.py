@@ -140,9 +140,7 @@ def assert_equal(actual: Tensor, expected: Tensor, what: str, exact: bool = Fals
     )  # fmt: skip
 
 
-def assert_code(
-    code: Tensor, leaf: Tensor, z: Tensor, output: Tensor, activation: str | None, p: Pooling
-) -> None:
+def assert_code(code: Tensor, leaf: Tensor, z: Tensor, output: Tensor, activation: str | None, p: Pooling) -> None:
     """`code` is what params.h says, from PyTorch's own choice of the winners."""
     if p.pool == "max":
         wide = p.size[0] * p.size[1] > 255
@@ -284,9 +282,7 @@ def test_empty_batch(pool):
     z = torch.empty(0, 8, 6, 6, device="cuda")
     output, code = torch.ops.dlfast._relu_pool2d(z, None, "relu", *p.args, True)
     assert output.shape == p.reference(z.cpu()).shape
-    grad = torch.ops.dlfast._relu_pool2d_backward(
-        output, output if pool is None else code, [6, 6], "relu", *p.args
-    )
+    grad = torch.ops.dlfast._relu_pool2d_backward(output, output if pool is None else code, [6, 6], "relu", *p.args)
     assert grad.shape == z.shape
 
 

@@ -112,10 +112,7 @@ def test_best_epoch():
     def epoch(number, accuracy, loss):
         return Epoch(number, 0.0, 0.0, loss, accuracy, 1.0, 1.0)
 
-    assert (
-        best_epoch([epoch(1, 0.5, 1.0), epoch(2, 0.6, 2.0), epoch(3, 0.6, 1.5), epoch(4, 0.6, 1.5)]).epoch
-        == 3
-    )
+    assert best_epoch([epoch(1, 0.5, 1.0), epoch(2, 0.6, 2.0), epoch(3, 0.6, 1.5), epoch(4, 0.6, 1.5)]).epoch == 3
     assert best_epoch([epoch(1, 0.1, float("nan")), epoch(2, 0.1, 3.0)]).epoch == 2
 
 

@@ -245,7 +245,9 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
   // The CPU's convolution adds the bias for nothing; cuDNN's takes a pass of its own, which ours saves.
   const bool bias_later = !input.is_cpu();
   const std::optional<Tensor> none;
-  const Tensor z = at::conv2d(input, weight, bias_later ? none : bias, stride, padding, dilation, groups);
+  // Some of PyTorch's convolutions answer in another format than the one that backward will expect.
+  const Tensor z = at::conv2d(input, weight, bias_later ? none : bias, stride, padding, dilation, groups)
+                       .contiguous(format_of(p.pool));
   return relu_pool2d(z, bias_later ? bias : none, activation, pool, pool_size, pool_stride, pool_padding,
                      ceil_mode, save_code);
 }

@@ -5,9 +5,8 @@
 // found_inf is not 0 writes nothing at all.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
+#include "common/portability.h"
 #include "optim/step.h"
 
 namespace dlfast::optim {

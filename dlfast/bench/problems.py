@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def _add_network(
     images: Tensor, labels: Tensor, channels_last: bool, compiled: bool,
 ) -> None:  # fmt: skip
     if channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     run: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
 
@@ -155,7 +156,13 @@ class _Plain(nn.Module):
 
 
 def _add_block(
-    problem: Problem, label: str, ours: bool, module: nn.Module, x: Tensor, channels_last: bool, compiled: bool
+    problem: Problem,
+    label: str,
+    ours: bool,
+    module: nn.Module,
+    x: Tensor,
+    channels_last: bool,
+    compiled: bool,
 ) -> None:
     if channels_last:
         x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(x.requires_grad)
@@ -180,12 +187,12 @@ def _add_block(
 def optimizers(device: str) -> Iterator[Problem]:
     """One step over the parameters of a small and of a large network."""
     lists = {"lenet": [p.shape for p in dlfast.models.lenet().parameters()], "resnet50": _resnet50()}
-    algorithms: dict[str, tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer], dict[str, float]]] = {
+    algorithms: dict[str, tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer], dict[str, Any]]] = {
         "SGD momentum": (dlfast.optim.SGD, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}),
         "Adam": (dlfast.optim.Adam, torch.optim.Adam, {"lr": 1e-3}),
         "AdamW": (dlfast.optim.AdamW, torch.optim.AdamW, {"lr": 1e-3}),
     }
-    modes: list[tuple[str, dict[str, bool]]] = [
+    modes: list[tuple[str, dict[str, Any]]] = [
         ("PyTorch for-loop", {"foreach": False, "fused": False}),
         ("PyTorch foreach", {"foreach": True}),
         ("PyTorch fused", {"fused": True}),

@@ -63,7 +63,17 @@ def load_average() -> str:
 def machine() -> dict[str, str]:
     """The facts of ``dlfast info`` that a figure depends on, and the load before the run."""
     facts = dlfast.info.facts()
-    kept = ("dlfast", "python", "torch", "CPU", "threads", "GPU", "SIMD level", "PyTorch's SIMD level", "operating system")
+    kept = (
+        "dlfast",
+        "python",
+        "torch",
+        "CPU",
+        "threads",
+        "GPU",
+        "SIMD level",
+        "PyTorch's SIMD level",
+        "operating system",
+    )
     return {**{key: facts[key] for key in kept}, "load average before": load_average()}
 
 

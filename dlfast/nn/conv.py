@@ -79,7 +79,7 @@ class ConvReLUPool2d(nn.Conv2d):
             dilation,  # type: ignore[arg-type]
             groups,
             bias,
-            padding_mode,
+            padding_mode,  # type: ignore[arg-type]
             device,
             dtype,
         )
@@ -143,12 +143,12 @@ class ConvReLUPool2d(nn.Conv2d):
         layer.__dict__.update({k: v for k, v in conv.__dict__.items() if not k.startswith("_")})
         layer._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
         layer.weight = conv.weight
-        layer.register_parameter("bias", conv.bias)
+        layer.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
         layer._set_pooling(**_pooling_of(pool), activation=activation)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        padding: Size2 | str = self.padding  # type: ignore[assignment]
+        padding: Size2 | str = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -169,7 +169,8 @@ class ConvReLUPool2d(nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, activation={self.activation!r}, pool={self.pool!r}"
+        conv = super().extra_repr()  # type: ignore[no-untyped-call]
+        text = f"{conv}, activation={self.activation!r}, pool={self.pool!r}"
         if self.pool is None:
             return text
         text += f", pool_size={self.pool_size}"

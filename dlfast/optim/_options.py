@@ -41,9 +41,7 @@ def overlaps_itself(t: Tensor) -> bool:
     if t.is_contiguous() or t.numel() == 0:
         return False
     reach = 0
-    for stride, size in sorted(
-        (stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1
-    ):
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
         if stride <= reach:
             return True
         reach += stride * (size - 1)

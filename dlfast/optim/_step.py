@@ -85,9 +85,7 @@ class FusedStep(torch.optim.Optimizer):
     def _check_options(self, options: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _native_step(
-        self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]
-    ) -> None:
+    def _native_step(self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _plain_step(self, bucket: Bucket, grad_scale: float) -> None:
@@ -155,16 +153,12 @@ class FusedStep(torch.optim.Optimizer):
         captured = {i for i, group in enumerate(self.param_groups) if group.get("capturable")}
         for bucket in buckets:
             if captured and bucket.device.type == "cpu" and not captured.isdisjoint(bucket.groups):
-                raise RuntimeError(
-                    "capturable=True needs parameters on a GPU, but one of its group is on the CPU"
-                )
+                raise RuntimeError("capturable=True needs parameters on a GPU, but one of its group is on the CPU")
             if len(buckets) == 1 and bucket.native:
                 continue
             for p in bucket.params:
                 if overlaps_itself(p):
-                    raise RuntimeError(
-                        f"{self._name_of(p)} overlaps itself in memory (expanded?); clone it first"
-                    )
+                    raise RuntimeError(f"{self._name_of(p)} overlaps itself in memory (expanded?); clone it first")
 
     def _learning_rates(self, device: torch.device) -> tuple[list[float], list[Tensor]]:
         """Of all groups, as numbers; or, to spare the host a wait, as tensors where one is on the GPU."""

@@ -52,9 +52,7 @@ class _AdamStep(FusedStep):
                     steps[i] = self.state[bucket.params[i]]["step"] = step.to(bucket.device, torch.float32)
         return exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
 
-    def _native_step(
-        self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]
-    ) -> None:
+    def _native_step(self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]) -> None:
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = self._states(bucket)
         groups = self.param_groups
         torch.ops.dlfast._adam_step_.default(

@@ -135,9 +135,7 @@ class SGD(FusedStep, torch.optim.SGD):
             steps.append(step)
         return buffers, steps
 
-    def _native_step(
-        self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]
-    ) -> None:
+    def _native_step(self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]) -> None:
         buffers, steps = self._buffers(bucket)
         groups = self.param_groups
         torch.ops.dlfast._sgd_step_.default(

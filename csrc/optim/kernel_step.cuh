@@ -5,7 +5,6 @@
 // found_inf is not 0 writes nothing at all.
 #pragma once
 
-
 #include "common/portability.h"
 #include "optim/step.h"
 

@@ -260,6 +260,10 @@ class Bar(TQDMProgressBar):
         super().__init__(refresh_rate=10)
         self.record = record
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}")  # Lightning's is from 0
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, Training)
         total, count = pl_module.loss_sums["train"]

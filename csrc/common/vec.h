@@ -34,9 +34,10 @@ DLFAST_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
+// x - 0 is x for every x, so that nothing is left but the broadcast; x + 0 would turn -0 into 0.
 template <typename V, typename T>
 DLFAST_INLINE V broadcast(T x) {
-  return V{} + x;
+  return x - V{};
 }
 
 }  // namespace dlfast

@@ -6,6 +6,7 @@
 #include "conv_relu_pool/cpu_band.h"
 #include "conv_relu_pool/cpu_direct_backward.h"
 #include "conv_relu_pool/cpu_direct_forward.h"
+#include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
 
 namespace dlfast {
@@ -23,7 +24,7 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .direct_forward_scratch = level::direct_forward_scratch,
       .direct_grad_weight = level::direct_grad_weight,
       .direct_grad_weight_scratch = level::direct_grad_weight_scratch,
-      .grad_weight_max_taps = level::kMaxTapVectors * level::kLanes,
+      .grad_weight_max_taps = level::kMaxTaps,
   };
   return table;
 }

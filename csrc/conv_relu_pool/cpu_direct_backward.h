@@ -1,13 +1,14 @@
 // grad_weight and grad_bias of a layer with few input channels, from the pooled gradient and the code.
 //
 // A window passes its gradient to one position, so at most a quarter (2x2) of the convolution output counts.
-// Per output channel the positions that pass are listed first; then the taps of the kernel, all of them, lie
-// in registers while the list streams by: one multiply-add per register of taps, no branch inside.
+// Per output channel the positions that pass are listed first; then the taps of the kernel lie in registers
+// while the list streams by: one multiply-add per register of taps, no branch inside.
 #pragma once
 
 namespace dlfast::DLFAST_LEVEL {
 
-constexpr int kMaxTapVectors = kLanes == 16 ? 24 : 12;
+constexpr int kTapVectors = kLanes == 16 ? 24 : 12;  // in registers at once
+constexpr int kMaxTaps = 256;                        // beyond, the patches outgrow the cache
 
 // One position that passes gradient: the gradient, and where its input patch starts.
 struct Live {
@@ -62,15 +63,15 @@ inline int64_t list_live(const ConvBlockParams& p, const Bands& bands, const Ban
                          const float* grad_y, const void* code, Live* live, float* grad_sum) {
   const ReluPoolParams& pool = p.pool;
   const int64_t pooled_width = pool.output_size[1], plane = pool.output_size[0] * pooled_width;
-  const int64_t channels = p.conv.out_channels;
-  const int64_t step = pool.channels_last ? channels : 1;
-  const int64_t start =
-      (pool.channels_last ? band.image * plane * channels + k : (band.image * channels + k) * plane) +
-      band.first_pooled * pooled_width * step;
+  const int64_t start = (band.image * p.conv.out_channels + k) * plane + band.first_pooled * pooled_width;
   const uint8_t* codes = static_cast<const uint8_t*>(code) + start;
   const float* outputs = static_cast<const float*>(code) + start;
   const float* grads = grad_y + start;
   const bool by_code = pool.pool == Pool::max;
+  int32_t offsets[256] = {};  // of a position in its window, in patches; a table, since dividing is slow
+  for (int64_t at = 0; by_code && at < pool.window_positions(); ++at) {
+    offsets[at] = static_cast<int32_t>(at / pool.window.size[1] * bands.conv_cols + at % pool.window.size[1]);
+  }
   const bool rectified = pool.activation == Activation::relu;
 
   int64_t count = 0;
@@ -79,19 +80,18 @@ inline int64_t list_live(const ConvBlockParams& p, const Bands& bands, const Ban
     const int64_t top =
         (band.first_pooled + py) * pool.window.stride[0] - pool.window.padding[0] - band.first_conv;
     for (int64_t px = 0; px < pooled_width; ++px) {
-      const int64_t i = (py * pooled_width + px) * step;
-      int64_t y = top, x = px * pool.window.stride[1] - pool.window.padding[1];
+      const int64_t i = py * pooled_width + px;
+      const int64_t left = px * pool.window.stride[1] - pool.window.padding[1];
+      int64_t patch = top * bands.conv_cols + left;
       bool passes = true;
       if (by_code) {
-        const int64_t at = codes[i];
-        passes = at != kNoWinner<uint8_t>;
-        y += at / pool.window.size[1];
-        x += at % pool.window.size[1];
+        passes = codes[i] != kNoWinner<uint8_t>;
+        patch += offsets[codes[i]];
       } else if (rectified) {
         passes = !(outputs[i] <= 0.0f);
       }
       // Written always, kept only if it passes: no branch to mispredict.
-      live[count] = {grads[i], static_cast<int32_t>(y * bands.conv_cols + x)};
+      live[count] = {grads[i], static_cast<int32_t>(patch)};
       sum += passes ? grads[i] : 0.0f;
       count += passes;
     }
@@ -100,9 +100,9 @@ inline int64_t list_live(const ConvBlockParams& p, const Bands& bands, const Ban
   return count;
 }
 
-// grad [TAPS registers] += sum over the list of gradient * patch.
+// grad [TAPS registers] += sum over the list of gradient * patch, for patches `step` floats apart.
 template <int TAPS>
-DLFAST_INLINE void stream(const Live* live, int64_t count, const float* patches, float* grad) {
+DLFAST_INLINE void stream(const Live* live, int64_t count, const float* patches, int64_t step, float* grad) {
   // Several positions in flight, so that the latency of the multiply-adds of one is hidden by the others.
   constexpr int FLIGHT = TAPS >= 8 ? 1 : TAPS >= 4 ? 2 : 4;
   F acc[FLIGHT][TAPS] = {};
@@ -110,13 +110,13 @@ DLFAST_INLINE void stream(const Live* live, int64_t count, const float* patches,
   for (; i + FLIGHT <= count; i += FLIGHT) {
     for (int f = 0; f < FLIGHT; ++f) {
       const F g = broadcast<F>(live[i + f].grad);
-      const float* patch = patches + int64_t{live[i + f].patch} * (TAPS * kLanes);
+      const float* patch = patches + live[i + f].patch * step;
       for (int t = 0; t < TAPS; ++t) acc[f][t] = g * load<F>(patch + t * kLanes) + acc[f][t];
     }
   }
   for (; i < count; ++i) {
     const F g = broadcast<F>(live[i].grad);
-    const float* patch = patches + int64_t{live[i].patch} * (TAPS * kLanes);
+    const float* patch = patches + live[i].patch * step;
     for (int t = 0; t < TAPS; ++t) acc[0][t] = g * load<F>(patch + t * kLanes) + acc[0][t];
   }
   for (int t = 0; t < TAPS; ++t) {
@@ -127,10 +127,22 @@ DLFAST_INLINE void stream(const Live* live, int64_t count, const float* patches,
 }
 
 template <int TAPS = 1>
-void stream_any(int64_t tap_vectors, const Live* live, int64_t count, const float* patches, float* grad) {
-  if constexpr (TAPS <= kMaxTapVectors) {
-    if (tap_vectors == TAPS) return stream<TAPS>(live, count, patches, grad);
-    return stream_any<TAPS + 1>(tap_vectors, live, count, patches, grad);
+void stream_any(int64_t tap_vectors, const Live* live, int64_t count, const float* patches, int64_t step,
+                float* grad) {
+  if constexpr (TAPS <= kTapVectors) {
+    if (tap_vectors == TAPS) return stream<TAPS>(live, count, patches, step, grad);
+    return stream_any<TAPS + 1>(tap_vectors, live, count, patches, step, grad);
+  }
+}
+
+// All taps, as many at a time as registers hold, in passes of even size.
+inline void stream_all(int64_t tap_vectors, const Live* live, int64_t count, const float* patches,
+                       float* grad) {
+  const int64_t passes = (tap_vectors + kTapVectors - 1) / kTapVectors;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = tap_vectors * pass / passes, last = tap_vectors * (pass + 1) / passes;
+    stream_any(last - first, live, count, patches + first * kLanes, tap_vectors * kLanes,
+               grad + first * kLanes);
   }
 }
 
@@ -174,7 +186,7 @@ bool direct_grad_weight(const ConvBlockParams& p, const float* input, const floa
         gather_patches(p, bands, band, taps, sizes.patch, packed, patches);
         for (int64_t k = 0; k < out_channels; ++k) {
           const int64_t count = list_live(p, bands, band, k, grad_y, code, live, own_bias + k);
-          stream_any(sizes.tap_vectors, live, count, patches, own_weight + k * sizes.patch);
+          stream_all(sizes.tap_vectors, live, count, patches, own_weight + k * sizes.patch);
         }
       }
     }

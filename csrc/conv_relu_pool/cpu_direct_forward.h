@@ -34,22 +34,42 @@ inline void pack_weight(const ConvParams& conv, const float* weight, float* pack
 }
 
 // acc[i] += the convolution at the pixel whose first tap is pixels[i]; VECTORS registers of channels each.
-template <int PIXELS, int VECTORS>
-DLFAST_INLINE void accumulate(const Taps& taps, const float* const (&pixels)[PIXELS], const float* weight,
-                              F (&acc)[PIXELS][VECTORS]) {
+// LENGTH is taps.length where that is known, else 0: a first layer's runs are too short for a loop.
+template <int LENGTH, int PIXELS, int VECTORS>
+DLFAST_INLINE void accumulate_runs(const Taps& taps, const float* const (&pixels)[PIXELS],
+                                   const float* weight, F (&acc)[PIXELS][VECTORS]) {
   for (int64_t r = 0; r < taps.rows; ++r) {
     for (int64_t s = 0; s < taps.per_row; ++s) {
       const int64_t run = r * taps.row_step + s * taps.col_step;
-      for (int64_t i = run; i < run + taps.length; ++i) {
+      const auto tap = [&](int64_t i) DLFAST_INLINE_LAMBDA {
         F w[VECTORS];
         for (int v = 0; v < VECTORS; ++v) w[v] = load<F>(weight + v * kLanes);
         weight += kBlock;
         for (int q = 0; q < PIXELS; ++q) {
-          const F x = broadcast<F>(pixels[q][i]);
+          const F x = broadcast<F>(pixels[q][run + i]);
           for (int v = 0; v < VECTORS; ++v) acc[q][v] = x * w[v] + acc[q][v];
         }
+      };
+      if constexpr (LENGTH > 0) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < LENGTH; ++i) tap(i);
+      } else {
+        for (int64_t i = 0; i < taps.length; ++i) tap(i);
       }
     }
+  }
+}
+
+template <int PIXELS, int VECTORS>
+DLFAST_INLINE void accumulate(const Taps& taps, const float* const (&pixels)[PIXELS], const float* weight,
+                              F (&acc)[PIXELS][VECTORS]) {
+  switch (taps.length) {
+    case 3:  // one channel, 3x3
+      return accumulate_runs<3>(taps, pixels, weight, acc);
+    case 9:  // three channels, 3x3
+      return accumulate_runs<9>(taps, pixels, weight, acc);
+    default:
+      return accumulate_runs<0>(taps, pixels, weight, acc);
   }
 }
 

@@ -27,7 +27,7 @@ struct CpuKernels {
                          float* y, uint8_t* code, float* scratch);
   int64_t (*direct_forward_scratch)(const ConvBlockParams& p, int64_t threads);
 
-  // grad_weight [K, C, kh, kw] contiguous and grad_bias [K] from the pooled gradient: only
+  // grad_weight [K, C, kh, kw] contiguous and grad_bias [K] from a contiguous pooled gradient: only
   // the positions that pass gradient are visited. code is the uint8 code of max pooling, or y (float)
   // without pooling. False, and the result unusable, where the input holds an infinity or a NaN: those meet
   // the zeros that are skipped here, and PyTorch's product of the two is NaN.

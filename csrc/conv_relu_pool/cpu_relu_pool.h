@@ -44,6 +44,7 @@ struct BiasOf {
 
 template <typename T, typename Code>
 void forward_max(const ReluPoolParams& p, const T* z, const T* bias, T* y, Code* code) {
+  if (!p.channels_last) return forward_max_planes(p, z, bias, y, code);
   const Layout layout(p);
   const BiasOf<T> bias_of{bias, p.channels_last, p.channels};
   const int64_t width = p.input_size[1], pooled_width = p.output_size[1], lanes = layout.lanes;
@@ -141,6 +142,9 @@ void forward_elementwise(const ReluPoolParams& p, const T* z, const T* bias, T* 
 // grad_z of max pooling: an element takes the gradient of every window that it won.
 template <typename T, typename Code>
 void backward_max(const ReluPoolParams& p, const T* grad_y, const Code* code, T* grad_z) {
+  if (!p.channels_last && (std::is_same_v<T, Compute<T>> || !windows_overlap(p))) {
+    return backward_max_planes(p, grad_y, code, grad_z);
+  }
   const Layout layout(p);
   const int64_t width = p.input_size[1], lanes = layout.lanes;
   for_each_row(layout, p.input_size[0], width * lanes, [&](int64_t image, int64_t h) {

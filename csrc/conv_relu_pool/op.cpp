@@ -258,10 +258,12 @@ bool direct_grad_weight(ConvBlockParams p, const Tensor& grad_output, const Tens
   const int64_t threads = at::get_num_threads();
   const int64_t taps = p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels;
   p.grain = plan_band(p, p.pool.input_size[1] * taps, threads);
-  const Tensor grad = grad_output.contiguous(format_of(p.pool));
+  // The kernel goes through one channel after the other.
+  p.pool.channels_last = false;
+  const Tensor grad = grad_output.contiguous(), own_code = code.contiguous();
   const Tensor scratch = at::empty({kernels.direct_grad_weight_scratch(p, threads)}, input.options());
   return kernels.direct_grad_weight(p, input.const_data_ptr<float>(), grad.const_data_ptr<float>(),
-                                    code_pointer(code), grad_weight.data_ptr<float>(),
+                                    code_pointer(own_code), grad_weight.data_ptr<float>(),
                                     grad_bias.data_ptr<float>(), scratch.data_ptr<float>());
 }
 

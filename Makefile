@@ -21,7 +21,7 @@ demo: env
 	$(BIN)/dlfast demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 bench: env
 	$(BIN)/dlfast bench

@@ -414,7 +414,7 @@ def test_compiled_training_step(name):
 @pytest.mark.slow
 def test_without_the_extension():
     code = (
-        "import torch, dlfast.optim\n"
+        "import torch, dlfast.optim, dlfast._native\n"
         "for name in ('SGD', 'Adam', 'AdamW'):\n"
         "    runs = []\n"
         "    for lib in (torch.optim, dlfast.optim):\n"
@@ -425,7 +425,7 @@ def test_without_the_extension():
         "            opt.step()\n"
         "        runs.append(p)\n"
         "    torch.testing.assert_close(*runs)\n"
-        "assert dlfast.native.module is None\n"
+        "assert dlfast._native.native.module is None\n"
     )
     env = {**os.environ, "DLFAST_NATIVE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)

@@ -44,7 +44,6 @@ at::MemoryFormat convolution_format(const Tensor& input, const Tensor& weight) {
   const auto is_last = [](const Tensor& t) {
     return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   };
-  if (input.scalar_type() == at::kDouble) return at::MemoryFormat::Contiguous;
   return is_last(input) || is_last(weight) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 

@@ -122,15 +122,18 @@ void relu_mask(const ReluPoolParams& p, const T* z, const T* bias, uint8_t* mask
   });
 }
 
+// y may be z.
 template <typename T>
 void forward_elementwise(const ReluPoolParams& p, const T* z, const T* bias, T* y) {
   const Layout layout(p);
   const BiasOf<T> bias_of{bias, p.channels_last, p.channels};
+  // What shares a bias or has one each: the channels of a pixel, or a row of a plane.
+  const int64_t run = p.channels_last ? layout.lanes : p.input_size[1];
   const int64_t row = p.input_size[1] * layout.lanes;
   for_each_row(layout, p.input_size[0], row, [&](int64_t image, int64_t h) {
-    for (int64_t w = 0; w < p.input_size[1]; ++w) {
-      const int64_t at = ((image * p.input_size[0] + h) * p.input_size[1] + w) * layout.lanes;
-      for_each_vector(layout.lanes, [&](auto n, int64_t c) {
+    const int64_t begin = (image * p.input_size[0] + h) * row;
+    for (int64_t at = begin; at < begin + row; at += run) {
+      for_each_vector(run, [&](auto n, int64_t c) {
         constexpr int N = decltype(n)::value;
         const auto v = load_compute<N>(z + at + c) + bias_of.template at<N>(image, c);
         store_compute<N>(y + at + c, p.activation == Activation::relu ? relu(v) : v);

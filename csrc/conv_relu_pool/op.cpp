@@ -134,6 +134,7 @@ std::tuple<Tensor, Tensor> relu_pool2d(const Tensor& input, const std::optional<
 // grad_z, in the layout of p; grad_output and code have been checked.
 Tensor expand_gradient(const ReluPoolParams& p, Dtype dtype, const Tensor& grad_output, const Tensor& code) {
   if (p.pool == Pool::none && p.activation == Activation::none) return grad_output;
+  if (p.pool == Pool::none && grad_output.is_cpu()) return at::threshold_backward(grad_output, code, 0);
   const Tensor grad = grad_output.contiguous(format_of(p));
   Tensor grad_z = empty_input(p, grad_output);
   if (grad_z.numel() > 0) {
@@ -247,6 +248,13 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
   // Some of PyTorch's convolutions answer in another format than the one that backward will expect.
   const Tensor z = at::conv2d(input, weight, bias_later ? none : bias, stride, padding, dilation, groups)
                        .contiguous(format_of(p.pool));
+  if (input.is_cpu() && p.pool.pool == Pool::none && z.numel() > 0) {
+    // Nobody else sees z, so that ReLU needs no second tensor.
+    if (p.pool.activation == Activation::relu) {
+      backend_of(z).forward(p.pool, dtype, z.const_data_ptr(), nullptr, z.data_ptr(), nullptr, nullptr);
+    }
+    return {z, empty_code(p.pool, z, save_code)};
+  }
   return relu_pool2d(z, bias_later ? bias : none, activation, pool, pool_size, pool_stride, pool_padding,
                      ceil_mode, save_code);
 }

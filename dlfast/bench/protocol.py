@@ -72,7 +72,6 @@ def machine() -> dict[str, str]:
         "GPU",
         "SIMD level",
         "PyTorch's SIMD level",
-        "operating system",
     )
     return {**{key: facts[key] for key in kept}, "load average before": load_average()}
 

@@ -10,12 +10,28 @@ Environment variables read here (all optional):
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+
+
+def toolkit_of_nvcc() -> str | None:
+    """The toolkit that nvcc on PATH belongs to, as nvcc says itself: what is on PATH may be a link or a wrapper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stderr + said.stdout, re.MULTILINE)
+    return str(Path(top[1].strip()).resolve()) if top else None
+
+
+if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and (toolkit := toolkit_of_nvcc()):
+    os.environ["CUDA_HOME"] = toolkit  # before torch looks for it
 
 try:
     import torch

@@ -85,6 +85,25 @@ def test_backward_operator_checks_what_it_reads(named, grad, code):
         torch.ops.dlfast._relu_pool2d_backward(grad, code, [6, 6], *BACKWARD["window"])
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("value", [4, 200, 254])
+def test_a_made_up_code_stays_inside_memory(value, channels_last):
+    """Positions that a 2x2 window does not have: nothing is read or written outside, and nothing is passed on."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    code = torch.full((2, 6, 3, 3), value, dtype=torch.uint8).contiguous(memory_format=layout)
+    grad = torch.ones(2, 6, 3, 3).contiguous(memory_format=layout)
+    window = ["relu", "max", [2, 2], [2, 2], [1, 1], False]
+    small = torch.ops.dlfast._relu_pool2d_backward(grad, code, [5, 5], *window)
+    assert small.shape == (2, 6, 5, 5)
+    assert small.isfinite().all()
+    back = torch.ops.dlfast._relu_pool2d_transpose(torch.ones(2, 6, 5, 5), code, *window)
+    assert back.isfinite().all()
+    grads = torch.ops.dlfast._conv_relu_pool2d_backward(
+        grad, X[:, :, :7, :7].clone(), W, code, [1, 1], [0, 0], [1, 1], 1, *window, [True, True, True]
+    )
+    assert all(g.isfinite().all() for g in grads)
+
+
 @pytest.mark.parametrize("plan", ["direct", "epilogue"])
 def test_expanded_and_overlapping_tensors(plan, monkeypatch):
     monkeypatch.setenv("DLFAST_PLAN", plan)

@@ -74,6 +74,8 @@ inline int64_t list_live(const ConvBlockParams& p, const Bands& bands, const Ban
   }
   const bool rectified = pool.activation == Activation::relu;
 
+  // A code that somebody made up must not lead outside of the patches.
+  const auto patches = static_cast<uint64_t>(band.conv_rows * bands.conv_cols);
   int64_t count = 0;
   float sum = 0.0f;
   for (int64_t py = 0; py < band.pooled_rows; ++py) {
@@ -85,8 +87,8 @@ inline int64_t list_live(const ConvBlockParams& p, const Bands& bands, const Ban
       int64_t patch = top * bands.conv_cols + left;
       bool passes = true;
       if (by_code) {
-        passes = codes[i] != kNoWinner<uint8_t>;
         patch += offsets[codes[i]];
+        passes = codes[i] != kNoWinner<uint8_t> && static_cast<uint64_t>(patch) < patches;
       } else if (rectified) {
         passes = !(outputs[i] <= 0.0f);
       }

@@ -96,8 +96,9 @@ void backward_max_planes(const ReluPoolParams& p, const T* grad_y, const Code* c
           const Code won = code[in];
           if (won == kNoWinner<Code>) continue;
           const int64_t kh = static_cast<uint32_t>(won) / static_cast<uint32_t>(p.window.size[1]);
-          const int64_t left = window_span(p, 1, px).origin;
-          T& target = to[(top + kh) * width + left + won - kh * p.window.size[1]];
+          const int64_t h = top + kh, w = window_span(p, 1, px).origin + won - kh * p.window.size[1];
+          if (!is_inside(p, h, w)) continue;
+          T& target = to[h * width + w];
           target = static_cast<T>(static_cast<Compute<T>>(target) + static_cast<Compute<T>>(grad_y[in]));
         }
       }

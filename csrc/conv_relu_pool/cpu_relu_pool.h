@@ -231,9 +231,9 @@ void transpose_pooled(const ReluPoolParams& p, const T* grad_z, const Code* code
         };
         if (p.pool == Pool::max) {
           const Code won = code[out + c];
-          grad_y[out + c] = won == kNoWinner<Code> ? T(0)
-                                                   : grad_z[z_index(rows.origin + won / p.window.size[1],
-                                                                    cols.origin + won % p.window.size[1])];
+          const int64_t h = rows.origin + won / p.window.size[1], w = cols.origin + won % p.window.size[1];
+          const bool counts = won != kNoWinner<Code> && is_inside(p, h, w);
+          grad_y[out + c] = counts ? grad_z[z_index(h, w)] : T(0);
           continue;
         }
         Compute<T> sum = 0;

@@ -59,6 +59,13 @@ DLFAST_INLINE Span windows_over(const ReluPoolParams& p, int axis, int64_t at) {
   return {0, begin, std::min(last / stride + 1, p.output_size[axis])};
 }
 
+// Whether a position is one of the input. A code that forward gave always names such a position; one that
+// somebody made up must not lead outside of memory.
+DLFAST_INLINE bool is_inside(const ReluPoolParams& p, int64_t h, int64_t w) {
+  return static_cast<uint64_t>(h) < static_cast<uint64_t>(p.input_size[0]) &&
+         static_cast<uint64_t>(w) < static_cast<uint64_t>(p.input_size[1]);
+}
+
 // Length of a window for the average: padding counts, what lies beyond it (ceil_mode) does not.
 DLFAST_INLINE int64_t counted_length(const ReluPoolParams& p, int axis, int64_t index) {
   const int64_t origin = index * p.window.stride[axis] - p.window.padding[axis];

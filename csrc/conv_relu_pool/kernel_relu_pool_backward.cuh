@@ -313,8 +313,10 @@ struct TransposeGather {
       load_codes(code, item, g.wide_code, where);
       const auto width = static_cast<int32_t>(g.size[1]);
       const int32_t none = g.wide_code ? kNoWinner<int32_t> : kNoWinner<uint8_t>;
-      if (where[0] != none) {
-        sum = widen(grad_z[in.at(h.origin + where[0] / width, w.origin + where[0] % width)]);
+      const auto ih = h.origin + where[0] / width, iw = w.origin + where[0] % width;
+      // Also where somebody made up a code, nothing outside of the window is read.
+      if (where[0] != none && ih >= h.begin && ih < h.end && iw >= w.begin && iw < w.end) {
+        sum = widen(grad_z[in.at(ih, iw)]);
       }
     } else {
       for (auto ih = h.begin; ih < h.end; ++ih) {

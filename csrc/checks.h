@@ -91,9 +91,9 @@ inline void check_sizes(const char* op, const char* name, const at::Tensor& tens
 // Output size of a pooling along one axis, as PyTorch has it: with ceil_mode the last window must start
 // inside the input or its leading padding.
 inline int64_t pooled_size(int64_t input, int64_t size, int64_t stride, int64_t padding, bool ceil_mode) {
-  const int64_t span = input + 2 * padding - size;
-  if (span < 0 && !ceil_mode) return 0;
-  int64_t output = (span + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  const int64_t span = input + 2 * padding - size + (ceil_mode ? stride - 1 : 0);
+  if (span < 0) return 0;
+  int64_t output = span / stride + 1;
   if (ceil_mode && (output - 1) * stride >= input + padding) --output;
   return output;
 }
@@ -111,6 +111,8 @@ inline ReluPoolParams check_pooling(const char* op, at::IntArrayRef input_sizes,
   check_pair(op, "pool_size", args.size, 1);
   check_pair(op, "pool_stride", args.stride, 1);
   check_pair(op, "pool_padding", args.padding, 0);
+  TORCH_CHECK(args.size[0] * args.size[1] <= std::numeric_limits<int32_t>::max(), op,
+              ": pool_size must have less than 2**31 positions, got ", args.size);
   for (const int axis : {0, 1}) {
     if (p.pool == Pool::none) {
       p.window.size[axis] = p.window.stride[axis] = 1;

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps dlfast (or the source folder)"
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in the source folder of dlfast)"
 
 
 @dataclass(frozen=True)

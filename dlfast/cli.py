@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in EXTRAS:
             raise
         extra = EXTRAS[package]
-        return _fail(f"{argv[0]} needs the package {package}; install the extra: pip install 'dlfast[{extra}]'")
+        return _fail(
+            f"{argv[0]} needs the package {package}; install the extra in the source folder: "
+            f"pip install --no-build-isolation '.[{extra}]'"
+        )
     except OSError as error:
         if error.errno not in USERS_OS_ERRORS:
             raise

@@ -31,6 +31,8 @@ def _relu_pool2d(
     input: Tensor, bias: Tensor | None, activation: str | None, pool: str | None, pool_size: Sizes,
     pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, save_code: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # The kernel works in one of two layouts, whatever the strides of the input.
+    input = input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
     output = reference.relu_pool2d(
         input, activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,
         pool_padding=pool_padding, ceil_mode=ceil_mode,

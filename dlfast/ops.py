@@ -101,7 +101,8 @@ def conv_relu_pool2d(
     >>> torch.allclose(y, torch.nn.functional.max_pool2d(plain.relu(), 2), atol=1e-4)
     True
     """
-    if input.device.type not in NATIVE_DEVICES:
+    # torch.func transforms (grad, vmap, jvp) cannot look inside an operator that brings its own autograd.
+    if input.device.type not in NATIVE_DEVICES or torch._C._are_functorch_transforms_active():
         return reference.conv_relu_pool2d(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
 import dlfast
 from dlfast import _native
@@ -37,6 +38,8 @@ REFUSED = [
     ("larger than the padded input", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, dilation=4)),
     ("pool_size", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_size=0)),
     ("pool_size", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_size=7)),
+    ("pool_size", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_size=70000, pool_padding=35000)),
+    ("pool_size", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_size=8, pool_stride=2, ceil_mode=True)),
     ("pool_stride", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_stride=0)),
     ("pool_padding", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_padding=2)),
     ("pool_padding", RuntimeError, lambda: dlfast.conv_relu_pool2d(X, W, pool_padding=-1)),
@@ -113,6 +116,23 @@ def test_expanded_and_overlapping_tensors(plan, monkeypatch):
         torch.testing.assert_close(dlfast.conv_relu_pool2d(input, W, B), dlfast.reference.conv_relu_pool2d(input, W, B))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 20000, "dilation": 40000, "pool_size": 1},
+        {"padding": 2**30 - 1, "dilation": 2**31 - 1, "pool_size": 1},
+    ],
+    ids=str,
+)
+def test_huge_padding_takes_no_scratch_to_match(options, monkeypatch):
+    """The padded input would have up to 2**62 elements; PyTorch never makes it, and neither do we."""
+    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    input, weight = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    torch.testing.assert_close(
+        dlfast.conv_relu_pool2d(input, weight, **options), dlfast.reference.conv_relu_pool2d(input, weight, **options)
+    )
+
+
 def test_unknown_plan_is_refused(monkeypatch):
     monkeypatch.setenv("DLFAST_PLAN", "fastest")
     with pytest.raises((RuntimeError, ValueError), match="DLFAST_PLAN"):
@@ -143,5 +163,26 @@ def test_modules_refuse(make):
     ],
 )
 def test_from_modules_refuses_other_layers(conv, pool):
-    with pytest.raises(TypeError, match="must be an nn"):
+    with pytest.raises(TypeError, match=r"must be an? (plain )?nn"):
         dlfast.nn.ConvReLUPool2d.from_modules(conv, pool)
+
+
+def with_hook():
+    conv = torch.nn.Conv2d(1, 1, 1)
+    conv.register_forward_hook(lambda *_: None)
+    return conv
+
+
+@pytest.mark.parametrize(
+    "make",
+    [with_hook, lambda: torch.nn.utils.prune.l1_unstructured(torch.nn.Conv2d(1, 2, 3), "weight", 0.5)],
+    ids=["hook", "pruned"],
+)
+def test_from_modules_refuses_what_it_would_lose(make):
+    with pytest.raises(ValueError, match="conv must have"):
+        dlfast.nn.ConvReLUPool2d.from_modules(make())
+
+
+def test_from_modules_refuses_a_fused_layer():
+    with pytest.raises(TypeError, match=r"plain nn\.Conv2d"):
+        dlfast.nn.ConvReLUPool2d.from_modules(dlfast.nn.ConvReLUPool2d(1, 2, 3))

@@ -184,6 +184,15 @@ def test_double_backward_matches_reference():
         torch.testing.assert_close(ours, wanted)
 
 
+def test_functional_transforms():
+    model, x = Net(), torch.randn(2, 3, 16, 16)
+    expected = gradients(model, x)
+    parameters = dict(model.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(parameters)
+    for grad, wanted in zip(grads.values(), expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
 def test_checkpointing():
     model, x = Net(), torch.randn(2, 3, 16, 16)
     expected = gradients(model, x)

@@ -136,7 +136,10 @@ def test_missing_extra_is_named(capsys, tmp_path, monkeypatch, package):
 
     monkeypatch.setattr("dlfast.train.run", run)
     message = fails(capsys, *SMALL, "--out", tmp_path)
-    assert message == f"train needs the package {package}; install the extra: pip install 'dlfast[train]'"
+    assert (
+        message
+        == f"train needs the package {package}; install the extra in the source folder: pip install --no-build-isolation '.[train]'"
+    )
 
 
 @pytest.mark.slow
@@ -151,7 +154,7 @@ def test_without_the_extra():
     done = python("-c", script)
     assert done.returncode == 2
     assert done.stderr == (
-        "dlfast: error: train needs the package pytorch_lightning; install the extra: pip install 'dlfast[train]'\n"
+        "dlfast: error: train needs the package pytorch_lightning; install the extra in the source folder: pip install --no-build-isolation '.[train]'\n"
     )
 
 

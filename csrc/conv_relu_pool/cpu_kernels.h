@@ -5,6 +5,8 @@
 // and `direct_grad_weight_fits`.
 #pragma once
 
+#include <algorithm>
+
 #include "common/simd.h"
 #include "conv_relu_pool/params.h"
 #include "conv_relu_pool/relu_pool.h"
@@ -57,16 +59,39 @@ inline const CpuKernels& cpu_kernels() {
   return cpu_kernels_portable();
 }
 
+// Scratch per thread of a direct kernel stays below 16 MiB: what needs more, because a single band is that
+// large, is left to PyTorch.
+constexpr double kMostScratchFloats = 4.0 * 1024 * 1024;
+
+// Columns of the padded input under a row of the convolution output. In floating point, since padding and
+// dilation may be anything below 2^31.
+inline double padded_columns(const ConvParams& conv) {
+  return (conv.output_size[1] - 1.0) * conv.stride[1] + (conv.kernel[1] - 1.0) * conv.dilation[1] + 1.0;
+}
+
+// Whether a band of one pooled row fits, with `per_position` floats for each position of the convolution.
+inline bool smallest_band_fits(const ConvBlockParams& p, double per_position) {
+  const double conv_rows = std::min(p.pool.window.size[0], p.conv.output_size[0]);
+  const double rows =
+      (conv_rows - 1.0) * p.conv.stride[0] + (p.conv.kernel[0] - 1.0) * p.conv.dilation[0] + 1.0;
+  return rows * padded_columns(p.conv) * p.conv.in_channels +
+             conv_rows * p.conv.output_size[1] * per_position <=
+         kMostScratchFloats;
+}
+
 // Whether the direct forward kernel accepts the problem: the bit mask of an average after ReLU and codes
 // wider than a byte are left to the pass after PyTorch's convolution.
 inline bool direct_forward_fits(const ConvBlockParams& p, bool save_code) {
   const bool mask_wanted = save_code && p.pool.pool == Pool::avg && p.pool.activation == Activation::relu;
-  return p.conv.groups == 1 && !mask_wanted && !p.pool.wide_code();
+  constexpr double kOutputsPerPosition = 64;  // a block of channels, and the tile it is pooled into
+  return p.conv.groups == 1 && !mask_wanted && !p.pool.wide_code() &&
+         smallest_band_fits(p, kOutputsPerPosition);
 }
 
 inline bool direct_grad_weight_fits(const ConvBlockParams& p, const CpuKernels& kernels) {
   return p.conv.groups == 1 && p.pool.pool != Pool::avg && !p.pool.wide_code() &&
-         p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels <= kernels.grad_weight_max_taps;
+         p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels <= kernels.grad_weight_max_taps &&
+         smallest_band_fits(p, static_cast<double>(kernels.grad_weight_max_taps));
 }
 
 }  // namespace dlfast

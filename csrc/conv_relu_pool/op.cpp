@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor> direct_forward(ConvBlockParams p, const Tensor& input
                                           const std::optional<Tensor>& bias, bool save_code) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  p.grain = plan_band(p, p.conv.input_size[1] * p.conv.in_channels * p.conv.stride[0], threads);
+  p.grain = plan_band(p, padded_columns(p.conv) * p.conv.in_channels * p.conv.stride[0], threads);
   const Tensor w = weight.contiguous();
   const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
   Tensor output = empty_output(p.pool, input, at::kFloat);
@@ -264,7 +264,10 @@ bool direct_grad_weight(ConvBlockParams p, const Tensor& grad_output, const Tens
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
   const int64_t taps = p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels;
-  p.grain = plan_band(p, p.pool.input_size[1] * taps, threads);
+  p.grain = plan_band(p,
+                      padded_columns(p.conv) * p.conv.in_channels * p.conv.stride[0] +
+                          static_cast<double>(p.conv.output_size[1] * taps),
+                      threads);
   // The kernel goes through one channel after the other.
   p.pool.channels_last = false;
   const Tensor grad = grad_output.contiguous(), own_code = code.contiguous();

@@ -51,8 +51,8 @@ Path plan_grad_weight(const ConvBlockParams& p, Dtype dtype, bool cpu) {
   return forced == "direct" || pools(p) ? Path::direct : Path::epilogue;
 }
 
-int64_t plan_band(const ConvBlockParams& p, int64_t floats_per_conv_row, int64_t threads) {
-  const int64_t by_cache = kBandFloats / std::max<int64_t>(1, floats_per_conv_row * p.pool.window.stride[0]);
+int64_t plan_band(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads) {
+  const auto by_cache = static_cast<int64_t>(kBandFloats / (floats_per_conv_row * p.pool.window.stride[0]));
   const int64_t by_balance = p.conv.batch * p.pool.output_size[0] / (kBandsPerThread * threads);
   return std::max<int64_t>(1, std::min(by_cache, by_balance));
 }

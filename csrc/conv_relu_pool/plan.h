@@ -20,6 +20,6 @@ Path plan_grad_weight(const ConvBlockParams& p, Dtype dtype, bool cpu);
 
 // Pooled rows in a band (cpu_band.h), where a convolution row under the band costs `floats_per_conv_row` of
 // scratch: as many as stay in cache, but few enough that every thread has several bands.
-int64_t plan_band(const ConvBlockParams& p, int64_t floats_per_conv_row, int64_t threads);
+int64_t plan_band(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads);
 
 }  // namespace dlfast

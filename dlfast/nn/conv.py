@@ -127,8 +127,9 @@ class ConvReLUPool2d(nn.Conv2d):
         Raises:
             TypeError: `conv` is not a plain ``nn.Conv2d``, or `pool` neither ``nn.MaxPool2d`` nor
                 ``nn.AvgPool2d``.
-            ValueError: `pool` uses an option that has no fused counterpart (``return_indices``, ``dilation``,
-                ``divisor_override``, ``count_include_pad=False`` with padding).
+            ValueError: `conv` has hooks, or parameters or buffers of its own (weight_norm, pruning), that the
+                new layer would not have; or `pool` uses an option that has no fused counterpart
+                (``return_indices``, ``dilation``, ``divisor_override``, ``count_include_pad=False`` with padding).
 
         >>> import torch, dlfast
         >>> conv, pool = torch.nn.Conv2d(3, 8, 5), torch.nn.MaxPool2d(2)
@@ -136,8 +137,9 @@ class ConvReLUPool2d(nn.Conv2d):
         >>> layer.weight is conv.weight
         True
         """
-        if type(conv) not in (nn.Conv2d, cls):
-            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
+        if type(conv) is not nn.Conv2d:
+            raise TypeError(f"conv must be a plain nn.Conv2d, got {type(conv).__name__}")
+        _refuse_extras(conv)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.__dict__.update({k: v for k, v in conv.__dict__.items() if not k.startswith("_")})
@@ -254,6 +256,17 @@ class ConvPool2d(ConvReLUPool2d):
     def from_modules(cls, conv: nn.Conv2d, pool: nn.MaxPool2d | nn.AvgPool2d) -> ConvPool2d:  # type: ignore[override]
         """The layer that does what `conv` and `pool` do one after the other, sharing `conv`'s parameters."""
         return super().from_modules(conv, pool, activation=None)
+
+
+def _refuse_extras(conv: nn.Conv2d) -> None:
+    """Hooks and reparametrisations stay behind on `conv`, so that the new layer would do something else."""
+    names = {*conv._parameters, *conv._buffers}
+    if names != {"weight", "bias"} or not isinstance(conv.weight, nn.Parameter):
+        raise ValueError(f"conv must have the parameters weight and bias and no others, got {sorted(names)}")
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for kind in hooks:
+        if getattr(conv, kind):
+            raise ValueError(f"conv must have no hooks, got {kind.strip('_')}: register them on the new layer")
 
 
 def _pooling_of(pool: nn.Module | None) -> dict[str, Any]:

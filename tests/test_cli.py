@@ -19,6 +19,8 @@ from dlfast.train import TrainConfig
 
 SMALL = ["train", "mnistnet", "--input-size", "8", "--epochs", "1"]
 
+CURE = "install the extra in the source folder: pip install --no-build-isolation '.[train]'"
+
 
 def fails(capsys, *arguments):
     """The one line that the command ends with, without its beginning."""
@@ -153,9 +155,7 @@ def test_without_the_extra():
     )
     done = python("-c", script)
     assert done.returncode == 2
-    assert done.stderr == (
-        "dlfast: error: train needs the package pytorch_lightning; install the extra in the source folder: pip install --no-build-isolation '.[train]'\n"
-    )
+    assert done.stderr == (f"dlfast: error: train needs the package pytorch_lightning; {CURE}\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EBADF, "bug"), ModuleNotFoundError(name="x")])

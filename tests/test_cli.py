@@ -138,10 +138,7 @@ def test_missing_extra_is_named(capsys, tmp_path, monkeypatch, package):
 
     monkeypatch.setattr("dlfast.train.run", run)
     message = fails(capsys, *SMALL, "--out", tmp_path)
-    assert (
-        message
-        == f"train needs the package {package}; install the extra in the source folder: pip install --no-build-isolation '.[train]'"
-    )
+    assert message == f"train needs the package {package}; {CURE}"
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ SCALES = {
     "cifar10": (0.473, 0.252),
     "folder": (0.5, 0.5),
 }
+DOWNLOADS = Path("data")  # where mnist and cifar10 are looked for and downloaded to
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision turn colours into grey
 
 
@@ -150,7 +151,8 @@ def load(source: str, channels: int, size: Size, data_dir: Path | None = None, s
     """The images of `source`, one of `SOURCES`, for a network that takes `channels` and `size`.
 
     Args:
-        data_dir: the folder of the files; "digits" takes none, the others need one.
+        data_dir: the folder of the files; "digits" takes none, "folder" needs one, and "mnist" and "cifar10"
+            are looked for, and downloaded to, ``data`` without one.
         seed: of the split of a "folder" that comes without one.
 
     Raises:
@@ -168,7 +170,9 @@ def load(source: str, channels: int, size: Size, data_dir: Path | None = None, s
             raise UsageError("--data-dir: the digits are part of scikit-learn and take no folder")
         return _digits(form)
     if data_dir is None:
-        raise UsageError(f"--data {source} needs --data-dir, the folder of its files")
+        if source == "folder":
+            raise UsageError("--data folder needs --data-dir, the folder of its files")
+        data_dir = DOWNLOADS
     return SOURCES[source](data_dir, form, seed)
 
 

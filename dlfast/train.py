@@ -281,7 +281,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("network", choices=tuple(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
     add("--data", choices=tuple(datasets.SOURCES), help="the images (default: digits, which needs no network)")
-    add("--data-dir", type=Path, metavar="DIR", help="folder of the files of mnist, cifar10 or folder")
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: data, where mnist and cifar10 are downloaded to)",
+    )
     add("--input-size", type=_image_size, metavar="N|HxW", help="resize images (default: the article's)")
     add("--epochs", type=int, metavar="N", help="passes over the training images (default: 5)")
     add("--batch-size", type=int, metavar="N", help="images per step (default: the article's)")

@@ -7,13 +7,14 @@ import pickle
 import struct
 import threading
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dlfast.data import Form, SeededShuffle, Unreadable, batches, load, split, to_input
+from dlfast.data import SOURCES, Form, SeededShuffle, Unreadable, batches, load, split, to_input
 from dlfast.errors import UsageError
 
 
@@ -349,9 +350,14 @@ def test_sources_and_folders_that_do_not_fit(tmp_path):
         load("imagenet", 3, (8, 8), tmp_path)
     with pytest.raises(UsageError, match="--data-dir"):
         load("digits", 3, (8, 8), tmp_path)
-    for source in ("mnist", "cifar10", "folder"):
-        with pytest.raises(UsageError, match=f"--data {source} needs --data-dir"):
-            load(source, 3, (8, 8))
+    with pytest.raises(UsageError, match="--data folder needs --data-dir"):
+        load("folder", 3, (8, 8))
+
+
+@pytest.mark.parametrize("source", ["mnist", "cifar10"])
+def test_what_can_be_downloaded_has_a_folder(source, monkeypatch):
+    monkeypatch.setitem(SOURCES, source, lambda folder, form, seed: folder)
+    assert load(source, 3, (8, 8)) == Path("data")
 
 
 def test_fingerprint_follows_the_content(tmp_path):

@@ -187,6 +187,8 @@ def _fit(settings: Settings, config: TrainConfig, out: Path, device: str) -> Res
         bar = config.progress and sys.stdout.isatty()
         trainer = lightning.trainer(out, settings.epochs, device, record, bar)
         if len(record.history) < settings.epochs:
+            # What a shorter run ended with is no result of this one, should it be killed.
+            (out / "result.json").unlink(missing_ok=True)
             if saved is not None:
                 say(f"resuming after epoch {len(record.history)}")
             trainer.fit(

@@ -23,7 +23,7 @@ std::string_view forced_plan() {
 }
 
 // With more input channels PyTorch's own convolution is as fast or faster, even with our pass after it
-// (`dlfast bench layers`: 1.0x at 64 channels, 0.94x at 256, 5x and more at 1 to 3).
+// (blocks of `dlfast bench layers` under DLFAST_PLAN=direct, AVX2: about 1x at 64 channels, 0.94x at 256).
 constexpr int64_t kDirectForwardChannels = 64;
 
 // Without pooling there is only the ReLU to save, and every second position passes gradient: PyTorch wins

@@ -3,9 +3,16 @@
 #include "common/vec.h"
 #include "conv_relu_pool/cpu_window.h"
 // In the order they build on each other.
+#include "conv_relu_pool/cpu_copy.h"
 #include "conv_relu_pool/cpu_band.h"
-#include "conv_relu_pool/cpu_direct_backward.h"
+#include "conv_relu_pool/cpu_strip.h"
 #include "conv_relu_pool/cpu_direct_forward.h"
+#include "conv_relu_pool/cpu_winograd.h"
+#include "conv_relu_pool/cpu_forward.h"
+#include "conv_relu_pool/cpu_passing.h"
+#include "conv_relu_pool/cpu_grad_input.h"
+#include "conv_relu_pool/cpu_grad_weight.h"
+#include "conv_relu_pool/cpu_grad_weight_patches.h"
 #include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
 
@@ -20,11 +27,16 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .relu_pool = {.forward = level::relu_pool_forward,
                     .backward = level::relu_pool_backward,
                     .transpose = level::relu_pool_transpose},
-      .direct_forward = level::direct_forward,
-      .direct_forward_scratch = level::direct_forward_scratch,
-      .direct_grad_weight = level::direct_grad_weight,
-      .direct_grad_weight_scratch = level::direct_grad_weight_scratch,
-      .grad_weight_max_taps = level::kMaxTaps,
+      .forward = level::forward,
+      .forward_scratch = level::forward_scratch,
+      .grad_weight = level::grad_weight,
+      .grad_weight_scratch = level::grad_weight_scratch,
+      .grad_weight_patches = level::grad_weight_patches,
+      .grad_weight_patches_scratch = level::grad_weight_patches_scratch,
+      .most_patch_taps = level::kMaxTaps,
+      .grad_input = level::grad_input,
+      .grad_input_scratch = level::grad_input_scratch,
+      .lanes = level::kLanes,
   };
   return table;
 }

@@ -206,22 +206,29 @@ ConvBlockParams check_block(const char* op, const Tensor& input, const Tensor& w
   return p;
 }
 
-std::tuple<Tensor, Tensor> direct_forward(ConvBlockParams p, const Tensor& input, const Tensor& weight,
-                                          const std::optional<Tensor>& bias, bool save_code) {
+// Nothing where Winograd's sums are not finite.
+std::optional<std::tuple<Tensor, Tensor>> own_forward(ConvBlockParams p, Dtype dtype, ForwardPath path,
+                                                      const Tensor& input, const Tensor& weight,
+                                                      const std::optional<Tensor>& bias, bool save_code) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  p.grain = plan_band(p, padded_columns(p.conv) * p.conv.in_channels * p.conv.stride[0], threads);
+  p.winograd = path == ForwardPath::winograd2 ? 2 : path == ForwardPath::winograd4 ? 4 : 0;
+  const double strip = p.winograd == 0 ? 0.0 : static_cast<double>(p.conv.output_size[1] * p.conv.out_channels);
+  p.grain = plan_grain(
+      p, padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] + strip, threads);
   const Tensor w = weight.contiguous();
   const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
-  Tensor output = empty_output(p.pool, input, at::kFloat);
+  Tensor output = empty_output(p.pool, input, input.scalar_type());
   Tensor code = empty_code(p.pool, input, save_code);
   if (output.numel() > 0) {
-    const Tensor scratch = at::empty({kernels.direct_forward_scratch(p, threads)}, input.options());
-    kernels.direct_forward(p, input.const_data_ptr<float>(), w.const_data_ptr<float>(),
-                           b.defined() ? b.const_data_ptr<float>() : nullptr, output.data_ptr<float>(),
-                           static_cast<uint8_t*>(code_pointer(code)), scratch.data_ptr<float>());
+    const Tensor scratch =
+        at::empty({kernels.forward_scratch(p, dtype, threads)}, input.options().dtype(at::kFloat));
+    const bool done = kernels.forward(p, dtype, input.const_data_ptr(), w.const_data_ptr(),
+                                      b.defined() ? b.const_data_ptr() : nullptr, output.data_ptr(),
+                                      static_cast<uint8_t*>(code_pointer(code)), scratch.data_ptr<float>());
+    if (!done) return std::nullopt;
   }
-  return {output, code};
+  return std::make_tuple(output, code);
 }
 
 std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& weight,
@@ -239,8 +246,9 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
   check_bias(op, bias, p.conv.out_channels, input);
 
   const c10::OptionalDeviceGuard guard(input.device());
-  if (plan_forward(p, dtype, input.is_cpu(), save_code) == Path::direct) {
-    return direct_forward(p, input, weight, bias, save_code);
+  const ForwardPath path = plan_forward(p, dtype, input.is_cpu(), save_code);
+  if (path != ForwardPath::epilogue) {
+    if (auto result = own_forward(p, dtype, path, input, weight, bias, save_code)) return *result;
   }
   // The CPU's convolution adds the bias for nothing; cuDNN's takes a pass of its own, which ours saves.
   const bool bias_later = !input.is_cpu();
@@ -259,22 +267,48 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
                      ceil_mode, save_code);
 }
 
-bool direct_grad_weight(ConvBlockParams p, const Tensor& grad_output, const Tensor& input, const Tensor& code,
-                        Tensor& grad_weight, Tensor& grad_bias) {
+// grad_weight and grad_bias by our kernels; false where they are to be had in the dense way only.
+bool own_grad_weight(ConvBlockParams p, Dtype dtype, GradientPath path, const Tensor& grad_output,
+                     const Tensor& input, const Tensor& code, Tensor& grad_weight, Tensor& grad_bias) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  const int64_t taps = p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels;
-  p.grain = plan_band(p,
-                      padded_columns(p.conv) * p.conv.in_channels * p.conv.stride[0] +
-                          static_cast<double>(p.conv.output_size[1] * taps),
-                      threads);
-  // The kernel goes through one channel after the other.
-  p.pool.channels_last = false;
-  const Tensor grad = grad_output.contiguous(), own_code = code.contiguous();
-  const Tensor scratch = at::empty({kernels.direct_grad_weight_scratch(p, threads)}, input.options());
-  return kernels.direct_grad_weight(p, input.const_data_ptr<float>(), grad.const_data_ptr<float>(),
-                                    code_pointer(own_code), grad_weight.data_ptr<float>(),
-                                    grad_bias.data_ptr<float>(), scratch.data_ptr<float>());
+  const bool patches = path == GradientPath::patches;
+  const int64_t taps = p.conv.positions() * p.conv.in_channels;
+  const double per_position = static_cast<double>(patches ? taps : p.conv.group_out() / 2);
+  p.grain = plan_grain(p,
+                       padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
+                           p.conv.output_size[1] * per_position,
+                       threads);
+  if (patches) p.pool.channels_last = false;  // it goes through one channel after the other
+  const at::MemoryFormat format = patches ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  const Tensor grad = grad_output.contiguous(format);
+  const Tensor own_code = code.dim() == 4 ? code.contiguous(format) : code;
+  const int64_t floats =
+      patches ? kernels.grad_weight_patches_scratch(p, threads) : kernels.grad_weight_scratch(p, threads);
+  const Tensor scratch = at::empty({floats}, input.options().dtype(at::kFloat));
+  if (patches) {
+    return kernels.grad_weight_patches(p, input.const_data_ptr<float>(), grad.const_data_ptr<float>(),
+                                       code_pointer(own_code), grad_weight.data_ptr<float>(),
+                                       grad_bias.data_ptr<float>(), scratch.data_ptr<float>());
+  }
+  return kernels.grad_weight(p, dtype, input.const_data_ptr(), grad.const_data_ptr(), code_pointer(own_code),
+                             grad_weight.data_ptr(), grad_bias.data_ptr(), scratch.data_ptr<float>());
+}
+
+bool own_grad_input(ConvBlockParams p, Dtype dtype, const Tensor& grad_output, const Tensor& weight,
+                    const Tensor& code, Tensor& grad_input) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = at::get_num_threads();
+  p.grain = plan_grain(p,
+                       padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
+                           static_cast<double>(p.conv.output_size[1] * p.conv.group_out()),
+                       threads);
+  const Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
+  const Tensor own_code = code.dim() == 4 ? code.contiguous(at::MemoryFormat::ChannelsLast) : code;
+  const Tensor scratch =
+      at::empty({kernels.grad_input_scratch(p, threads)}, weight.options().dtype(at::kFloat));
+  return kernels.grad_input(p, dtype, w.const_data_ptr(), grad.const_data_ptr(), code_pointer(own_code),
+                            grad_input.data_ptr(), scratch.data_ptr<float>());
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
@@ -296,13 +330,22 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
 
   Tensor grad_input = nothing(input), grad_weight = nothing(input), grad_bias = nothing(input);
   auto [needs_input, needs_weight, needs_bias] = output_mask;
-  if (needs_weight && p.conv.batch > 0 && plan_grad_weight(p, dtype, input.is_cpu()) == Path::direct) {
+  const bool cpu = input.is_cpu() && p.conv.batch > 0;
+  const GradientPath weight_path = plan_grad_weight(p, dtype, cpu);
+  if (needs_weight && weight_path != GradientPath::pytorch) {
     Tensor own_weight = at::empty(weight.sizes(), weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, weight.options());
-    if (direct_grad_weight(p, grad_output, input, checked, own_weight, own_bias)) {
+    if (own_grad_weight(p, dtype, weight_path, grad_output, input, checked, own_weight, own_bias)) {
       grad_weight = own_weight;
       if (needs_bias) grad_bias = own_bias;
       needs_weight = needs_bias = false;
+    }
+  }
+  if (needs_input && plan_grad_input(p, dtype, cpu) == GradientPath::sparse) {
+    Tensor own_input = at::empty(input.sizes(), input.options().memory_format(format_of(p.pool)));
+    if (own_grad_input(p, dtype, grad_output, weight, checked, own_input)) {
+      grad_input = own_input;
+      needs_input = false;
     }
   }
   if (!needs_input && !needs_weight && !needs_bias) return {grad_input, grad_weight, grad_bias};

@@ -10,18 +10,12 @@ namespace dlfast::DLFAST_LEVEL {
 constexpr int kTapVectors = kLanes == 16 ? 24 : 12;  // in registers at once
 constexpr int kMaxTaps = 256;                        // beyond, the patches outgrow the cache
 
-// One position that passes gradient: the gradient, and where its input patch starts.
-struct Live {
-  float grad;
-  int32_t patch;
-};
-
 // What a slot (one thread's share of the images) needs; all in floats.
-struct GradWeightScratch {
+struct PatchScratch {
   int64_t tap_vectors, patch;  // patch: floats of one input patch, whole registers
   int64_t grad_weight, grad_bias, input, patches, live;
 
-  explicit GradWeightScratch(const ConvBlockParams& p) {
+  explicit PatchScratch(const ConvBlockParams& p) {
     const Bands bands(p);
     const int64_t taps = p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels;
     tap_vectors = (taps + kLanes - 1) / kLanes;
@@ -35,8 +29,8 @@ struct GradWeightScratch {
   int64_t per_slot() const { return grad_weight + grad_bias + input + patches + live; }
 };
 
-int64_t direct_grad_weight_scratch(const ConvBlockParams& p, int64_t threads) {
-  return threads * GradWeightScratch(p).per_slot();
+int64_t grad_weight_patches_scratch(const ConvBlockParams& p, int64_t threads) {
+  return threads * PatchScratch(p).per_slot();
 }
 
 // patches [conv_rows * conv_cols][patch]: the input under every convolution position of a band.
@@ -112,13 +106,13 @@ DLFAST_INLINE void stream(const Live* live, int64_t count, const float* patches,
   for (; i + FLIGHT <= count; i += FLIGHT) {
     for (int f = 0; f < FLIGHT; ++f) {
       const F g = broadcast<F>(live[i + f].grad);
-      const float* patch = patches + live[i + f].patch * step;
+      const float* patch = patches + live[i + f].at * step;
       for (int t = 0; t < TAPS; ++t) acc[f][t] = g * load<F>(patch + t * kLanes) + acc[f][t];
     }
   }
   for (; i < count; ++i) {
     const F g = broadcast<F>(live[i].grad);
-    const float* patch = patches + live[i].patch * step;
+    const float* patch = patches + live[i].at * step;
     for (int t = 0; t < TAPS; ++t) acc[0][t] = g * load<F>(patch + t * kLanes) + acc[0][t];
   }
   for (int t = 0; t < TAPS; ++t) {
@@ -164,11 +158,11 @@ inline bool all_finite(const ConvBlockParams& p, const float* image) {
 }
 
 // Every thread count gives its own fixed split into slots, summed in order: the same bits from run to run.
-bool direct_grad_weight(const ConvBlockParams& p, const float* input, const float* grad_y, const void* code,
+bool grad_weight_patches(const ConvBlockParams& p, const float* input, const float* grad_y, const void* code,
                         float* grad_weight, float* grad_bias, float* scratch) {
   const Bands bands(p);
   const Taps taps(p, bands);
-  const GradWeightScratch sizes(p);
+  const PatchScratch sizes(p);
   const int64_t slots = at::get_num_threads(), units = p.conv.batch * bands.per_image;
   const int64_t out_channels = p.conv.out_channels;
 

@@ -46,8 +46,7 @@ struct Band {
     first_pooled = index % bands.per_image * bands.pooled_rows;
     pooled_rows = std::min(bands.pooled_rows, p.pool.output_size[0] - first_pooled);
     first_conv = window_span(p.pool, 0, first_pooled).begin;
-    conv_rows =
-        round_up(window_span(p.pool, 0, first_pooled + pooled_rows - 1).end - first_conv, bands.tile);
+    conv_rows = round_up(window_span(p.pool, 0, first_pooled + pooled_rows - 1).end - first_conv, bands.tile);
   }
 };
 

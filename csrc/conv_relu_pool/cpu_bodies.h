@@ -3,18 +3,20 @@
 #include "common/vec.h"
 #include "conv_relu_pool/cpu_window.h"
 // In the order they build on each other.
-#include "conv_relu_pool/cpu_copy.h"
 #include "conv_relu_pool/cpu_band.h"
-#include "conv_relu_pool/cpu_strip.h"
+#include "conv_relu_pool/cpu_copy.h"
 #include "conv_relu_pool/cpu_direct_forward.h"
-#include "conv_relu_pool/cpu_winograd.h"
 #include "conv_relu_pool/cpu_forward.h"
-#include "conv_relu_pool/cpu_passing.h"
 #include "conv_relu_pool/cpu_grad_input.h"
 #include "conv_relu_pool/cpu_grad_weight.h"
+#include "conv_relu_pool/cpu_grad_weight_channels.h"
 #include "conv_relu_pool/cpu_grad_weight_patches.h"
+#include "conv_relu_pool/cpu_passing.h"
+#include "conv_relu_pool/cpu_peak.h"
 #include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
+#include "conv_relu_pool/cpu_strip.h"
+#include "conv_relu_pool/cpu_winograd.h"
 
 namespace dlfast {
 
@@ -31,12 +33,11 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .forward_scratch = level::forward_scratch,
       .grad_weight = level::grad_weight,
       .grad_weight_scratch = level::grad_weight_scratch,
-      .grad_weight_patches = level::grad_weight_patches,
-      .grad_weight_patches_scratch = level::grad_weight_patches_scratch,
       .most_patch_taps = level::kMaxTaps,
       .grad_input = level::grad_input,
       .grad_input_scratch = level::grad_input_scratch,
       .lanes = level::kLanes,
+      .multiply_adds = level::multiply_adds,
   };
   return table;
 }

@@ -3,6 +3,14 @@
 
 namespace dlfast::DLFAST_LEVEL {
 
+// Runs body(T{}) for the dtypes that the kernels of blocks take.
+template <typename Body>
+bool dispatch_block(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::bfloat16) return body(c10::BFloat16{});
+  if (dtype == Dtype::float16) return body(c10::Half{});
+  return body(float{});
+}
+
 template <typename T>
 DLFAST_INLINE void widen(const T* from, int64_t count, float* to) {
   if constexpr (std::is_same_v<T, float>) {

@@ -7,9 +7,9 @@
 namespace dlfast::DLFAST_LEVEL {
 
 struct ForwardScratch {
-  int64_t weight, bias;                       // floats, of all groups, shared
-  int64_t input, winograd, z, y, code;        // floats, per thread
-  int64_t group_weight, group_bias, blocks;   // of one group
+  int64_t weight, bias;                      // floats, of all groups, shared
+  int64_t input, winograd, z, y, code;       // floats, per thread
+  int64_t group_weight, group_bias, blocks;  // of one group
 
   ForwardScratch(const ConvBlockParams& p, const Bands& bands, bool through_tile) {
     const int64_t pooled = bands.pooled_rows * p.pool.output_size[1];
@@ -127,8 +127,8 @@ struct Forward {
 };
 
 template <typename T>
-bool forward_of(const ConvBlockParams& p, const T* input, const T* weight, const T* bias, T* y,
-                uint8_t* code, float* scratch) {
+bool forward_of(const ConvBlockParams& p, const T* input, const T* weight, const T* bias, T* y, uint8_t* code,
+                float* scratch) {
   const Forward<T> forward(p, input, y, code);
   const ForwardScratch& sizes = forward.sizes;
   const int64_t groups = p.conv.groups, outputs = p.conv.group_out();
@@ -158,14 +158,11 @@ bool forward_of(const ConvBlockParams& p, const T* input, const T* weight, const
 
 bool forward(const ConvBlockParams& p, Dtype dtype, const void* input, const void* weight, const void* bias,
              void* y, uint8_t* code, float* scratch) {
-  const auto run = [&](auto scalar) {
+  return dispatch_block(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     return forward_of(p, static_cast<const T*>(input), static_cast<const T*>(weight),
                       static_cast<const T*>(bias), static_cast<T*>(y), code, scratch);
-  };
-  if (dtype == Dtype::bfloat16) return run(c10::BFloat16{});
-  if (dtype == Dtype::float16) return run(c10::Half{});
-  return run(float{});
+  });
 }
 
 }  // namespace dlfast::DLFAST_LEVEL

@@ -1,9 +1,10 @@
 // grad_input from the pooled gradient and the code, skipping what passes no gradient.
 //
-// Per convolution pixel the output channels that pass gradient there are listed; then, for a register of input
-// channels at a time, the taps lie in accumulators while the list streams by: one load of the weight and one
-// multiply-add per tap, no branch inside. A unit of work is a few input rows of one image and one group; kernel
-// rows that fall on a neighbour's rows are left to the neighbour, so that nothing is added twice or shared.
+// Per convolution pixel the output channels that pass gradient there are listed; then, for a register of
+// input channels at a time, the taps lie in accumulators while the list streams by: one load of the weight
+// and one multiply-add per tap, no branch inside. A unit of work is a few input rows of one image and one
+// group; kernel rows that fall on a neighbour's rows are left to the neighbour, so that nothing is added
+// twice or shared.
 #pragma once
 
 namespace dlfast::DLFAST_LEVEL {
@@ -25,15 +26,15 @@ DLFAST_INLINE void scatter_list(const Live* list, int64_t count, const float* we
 }
 
 struct GradInputScratch {
-  int64_t blocks;     // of input channels
-  int64_t rows;       // of the input in a unit
-  int64_t per_image;  // units
-  int64_t cols;       // of a tile: all input columns that a tap can reach
-  int64_t conv_rows;  // that reach a unit's rows
-  int64_t chunk;      // output channels listed at once
-  int64_t capacity;   // of a list
-  int64_t weight;     // floats, of one group
-  int64_t tile, lists, counts;  // floats, per thread
+  int64_t blocks;             // of input channels
+  int64_t rows;               // of the input in a unit
+  int64_t per_image;          // units
+  int64_t cols;               // of a tile: all input columns that a tap can reach
+  int64_t conv_rows;          // that reach a unit's rows
+  int64_t chunk;              // output channels listed at once
+  int64_t capacity;           // of a list
+  int64_t weight;             // floats, of one group
+  int64_t tile, lists, ends;  // floats, per thread
 
   explicit GradInputScratch(const ConvBlockParams& p) {
     const ConvParams& conv = p.conv;
@@ -48,20 +49,20 @@ struct GradInputScratch {
     constexpr int64_t kChunkFloats = 5 * 1024;
     chunk = std::clamp<int64_t>(kChunkFloats / (conv.positions() * kLanes), 16, 128);
     chunk = std::min(chunk, conv.group_out());
-    const int64_t covering = ((window.size[0] - 1) / window.stride[0] + 1) *
-                             ((window.size[1] - 1) / window.stride[1] + 1);
+    const int64_t covering =
+        ((window.size[0] - 1) / window.stride[0] + 1) * ((window.size[1] - 1) / window.stride[1] + 1);
     capacity = chunk * covering + 1;  // one beyond, written and not counted
     weight = blocks * kLanes * conv.group_out() * conv.positions();
     tile = blocks * rows * cols * kLanes;
     lists = 2 * conv_rows * conv.output_size[1] * capacity;
-    counts = conv_rows * conv.output_size[1];
+    ends = 2 * conv_rows * conv.output_size[1];
   }
-  int64_t per_thread() const { return tile + lists + counts; }
+  int64_t per_thread() const { return round_up(ends + lists + tile, 2); }  // pointers stay aligned
 };
 
 int64_t grad_input_scratch(const ConvBlockParams& p, int64_t threads) {
   const GradInputScratch sizes(p);
-  return p.conv.groups * sizes.weight + threads * sizes.per_thread();
+  return round_up(p.conv.groups * sizes.weight, 2) + threads * sizes.per_thread();
 }
 
 template <typename T>
@@ -75,22 +76,24 @@ struct GradInput {
   bool pack_weight(const T* weight, float* packed) const {
     const int64_t outputs = p.conv.group_out(), channels = p.conv.group_in(), taps = p.conv.positions();
     std::atomic<bool> finite{true};
-    at::parallel_for(0, outputs, std::max<int64_t>(1, kGrain / (channels * taps)), [&](int64_t begin, int64_t end) {
-      F doubt{};
-      for (int64_t k = begin; k < end; ++k) {
-        for (int64_t block = 0; block < sizes.blocks; ++block) {
-          float* to = packed + (block * outputs + k) * taps * kLanes;
-          const int64_t lanes = std::min<int64_t>(kLanes, channels - block * kLanes);
-          if (lanes < kLanes) std::fill_n(to, taps * kLanes, 0.0f);
-          const T* from = weight + (k * channels + block * kLanes) * taps;
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            for (int64_t t = 0; t < taps; ++t) to[t * kLanes + lane] = static_cast<float>(*from++);
-          }
-          for (int64_t t = 0; t < taps; ++t) doubt += load<F>(to + t * kLanes) * 0.0f;
-        }
-      }
-      if (!all_zero(doubt)) finite = false;
-    });
+    at::parallel_for(0, outputs, std::max<int64_t>(1, kGrain / (channels * taps)),
+                     [&](int64_t begin, int64_t end) {
+                       F doubt{};
+                       for (int64_t k = begin; k < end; ++k) {
+                         for (int64_t block = 0; block < sizes.blocks; ++block) {
+                           float* to = packed + (block * outputs + k) * taps * kLanes;
+                           const int64_t lanes = std::min<int64_t>(kLanes, channels - block * kLanes);
+                           if (lanes < kLanes) std::fill_n(to, taps * kLanes, 0.0f);
+                           const T* from = weight + (k * channels + block * kLanes) * taps;
+                           for (int64_t lane = 0; lane < lanes; ++lane) {
+                             for (int64_t t = 0; t < taps; ++t)
+                               to[t * kLanes + lane] = static_cast<float>(*from++);
+                           }
+                           for (int64_t t = 0; t < taps; ++t) doubt += load<F>(to + t * kLanes) * 0.0f;
+                         }
+                       }
+                       if (!all_zero(doubt)) finite = false;
+                     });
     return finite;
   }
 
@@ -103,53 +106,50 @@ struct GradInput {
     const int64_t begin = index * sizes.rows, end = std::min(begin + sizes.rows, conv.input_size[0]);
     const int64_t above = begin + conv.padding[0] - (conv.kernel[0] - 1) * conv.dilation[0];
     const int64_t first = above <= 0 ? 0 : (above + conv.stride[0] - 1) / conv.stride[0];
-    return {begin, end, first, std::min((end - 1 + conv.padding[0]) / conv.stride[0] + 1, conv.output_size[0])};
+    return {begin, end, first,
+            std::min((end - 1 + conv.padding[0]) / conv.stride[0] + 1, conv.output_size[0])};
   }
 
-  // Lists of the output channels [k, k + count) for every convolution pixel of the rows.
-  void list(int64_t image, const Rows& rows, int64_t k, int64_t count, Live* lists, int32_t* counts) const {
+  // Lists of the output channels [k, k + count) for every convolution pixel of the rows; the list of pixel i
+  // starts at lists + i * capacity and ends before ends[i].
+  void list(int64_t image, const Rows& rows, int64_t k, int64_t count, Live* lists, Live** ends) const {
     const int64_t width = p.conv.output_size[1];
-    std::fill_n(counts, (rows.last - rows.first) * width, 0);
+    for (int64_t i = 0; i < (rows.last - rows.first) * width; ++i) ends[i] = lists + i * sizes.capacity;
     if (rows.first >= rows.last) return;
-    const int64_t weight_step = p.conv.positions() * kLanes;
-    const int64_t first = windows_over(p.pool, 0, rows.first).begin;
-    const int64_t last = windows_over(p.pool, 0, rows.last - 1).end;
-    for (int64_t py = first; py < last; ++py) {
-      for (int64_t px = 0; px < p.pool.output_size[1]; ++px) {
-        gradient.visit(image, py, px, k, k + count,
-                       [&](int64_t i, int64_t row, int64_t col, float grad, bool passes) DLFAST_INLINE_LAMBDA {
-                         const bool own = (row >= rows.first) & (row < rows.last);
-                         const int64_t pixel = own ? (row - rows.first) * width + col : 0;
-                         int32_t& n = counts[pixel];
-                         lists[pixel * sizes.capacity + n] = {grad, static_cast<int32_t>(i * weight_step)};
-                         n += passes & own;
-                       });
-      }
-    }
+    const auto weight_step = static_cast<int32_t>(p.conv.positions() * kLanes);
+    const Span pooled_rows = {0, windows_over(p.pool, 0, rows.first).begin,
+                              windows_over(p.pool, 0, rows.last - 1).end};
+    const Span pooled_cols = {0, 0, p.pool.output_size[1]};
+    const Region region = {rows.first, rows.last, 0, width, width, 1};
+    gradient.visit(image, pooled_rows, pooled_cols, k, k + count, region,
+                   [&](int64_t i, int64_t at, float grad, bool passes) DLFAST_INLINE_LAMBDA {
+                     Live*& end = ends[at];
+                     *end = {grad, static_cast<int32_t>(i) * weight_step};
+                     end += passes;
+                   });
   }
 
-  // The taps [TAP, TAP + TAPS) of one convolution row, over all its pixels.
+  // TAPS taps of one convolution row, over all its pixels.
   template <int TAPS>
-  void scatter_row(const Live* lists, const int32_t* counts, const float* weight, float* tile,
+  void scatter_row(const Live* lists, Live* const* ends, const float* weight, float* tile,
                    const int32_t* offsets) const {
     const int64_t step = p.conv.stride[1] * kLanes;
     for (int64_t x = 0; x < p.conv.output_size[1]; ++x) {
-      if (counts[x] > 0) {
-        scatter_list<TAPS>(lists + x * sizes.capacity, counts[x], weight, tile + x * step, offsets);
-      }
+      const Live* list = lists + x * sizes.capacity;
+      if (ends[x] != list) scatter_list<TAPS>(list, ends[x] - list, weight, tile + x * step, offsets);
     }
   }
   template <int TAPS = 1>
-  void scatter_any(int64_t taps, const Live* lists, const int32_t* counts, const float* weight, float* tile,
+  void scatter_any(int64_t taps, const Live* lists, Live* const* ends, const float* weight, float* tile,
                    const int32_t* offsets) const {
     if constexpr (TAPS <= kMostTaps) {
-      if (taps == TAPS) return scatter_row<TAPS>(lists, counts, weight, tile, offsets);
-      scatter_any<TAPS + 1>(taps, lists, counts, weight, tile, offsets);
+      if (taps == TAPS) return scatter_row<TAPS>(lists, ends, weight, tile, offsets);
+      scatter_any<TAPS + 1>(taps, lists, ends, weight, tile, offsets);
     }
   }
 
   // weight is that of the unit's group, at the first output channel listed.
-  void scatter(const Rows& rows, const Live* lists, const int32_t* counts, const float* weight,
+  void scatter(const Rows& rows, const Live* lists, Live* const* ends, const float* weight,
                float* tile) const {
     const ConvParams& conv = p.conv;
     const int64_t width = conv.output_size[1];
@@ -171,7 +171,7 @@ struct GradInput {
           offsets[t - begin] = static_cast<int32_t>(
               ((top + r * dilation - rows.begin) * sizes.cols + s * conv.dilation[1]) * kLanes);
         }
-        scatter_any(end - begin, lists + at * sizes.capacity, counts + at,
+        scatter_any(end - begin, lists + at * sizes.capacity, ends + at,
                     weight + (r0 * conv.kernel[1] + begin) * kLanes, tile, offsets);
       }
     }
@@ -216,16 +216,16 @@ struct GradInput {
     const int64_t group = index % conv.groups, outputs = conv.group_out();
     const int64_t image = index / conv.groups / sizes.per_image;
     const Rows rows = rows_of(index / conv.groups % sizes.per_image);
-    float* tile = scratch;
-    Live* lists = reinterpret_cast<Live*>(tile + sizes.tile);
-    int32_t* counts = reinterpret_cast<int32_t*>(tile + sizes.tile + sizes.lists);
+    Live** ends = reinterpret_cast<Live**>(scratch);
+    Live* lists = reinterpret_cast<Live*>(scratch + sizes.ends);
+    float* tile = scratch + sizes.ends + sizes.lists;
     const int64_t block_size = sizes.rows * sizes.cols * kLanes, block_weight = sizes.weight / sizes.blocks;
     std::fill_n(tile, sizes.tile, 0.0f);
     for (int64_t k = 0; k < outputs; k += sizes.chunk) {
-      list(image, rows, group * outputs + k, std::min(sizes.chunk, outputs - k), lists, counts);
+      list(image, rows, group * outputs + k, std::min(sizes.chunk, outputs - k), lists, ends);
       const float* weight = weights + group * sizes.weight + k * conv.positions() * kLanes;
       for (int64_t block = 0; block < sizes.blocks; ++block) {
-        scatter(rows, lists, counts, weight + block * block_weight, tile + block * block_size);
+        scatter(rows, lists, ends, weight + block * block_weight, tile + block * block_size);
       }
     }
     flush_rows(image, group, rows, tile);
@@ -233,8 +233,8 @@ struct GradInput {
 };
 
 template <typename T>
-bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, const void* code, T* grad_input,
-                   float* scratch) {
+bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, const void* code,
+                   T* grad_input, float* scratch) {
   const GradInput<T> work{p, PooledGradient<T>(p, grad_y, code), grad_input, GradInputScratch(p)};
   const GradInputScratch& sizes = work.sizes;
   bool finite = true;
@@ -243,7 +243,7 @@ bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, c
     finite &= work.pack_weight(weight + group * numel, scratch + group * sizes.weight);
   }
   if (!finite) return false;
-  float* own = scratch + p.conv.groups * sizes.weight;
+  float* own = scratch + round_up(p.conv.groups * sizes.weight, 2);
   at::parallel_for(0, p.conv.batch * sizes.per_image * p.conv.groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       work.unit(index, scratch, own + at::get_thread_num() * sizes.per_thread());
@@ -254,14 +254,11 @@ bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, c
 
 bool grad_input(const ConvBlockParams& p, Dtype dtype, const void* weight, const void* grad_y,
                 const void* code, void* grad_input, float* scratch) {
-  const auto run = [&](auto scalar) {
+  return dispatch_block(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     return grad_input_of(p, static_cast<const T*>(weight), static_cast<const T*>(grad_y), code,
                          static_cast<T*>(grad_input), scratch);
-  };
-  if (dtype == Dtype::bfloat16) return run(c10::BFloat16{});
-  if (dtype == Dtype::float16) return run(c10::Half{});
-  return run(float{});
+  });
 }
 
 }  // namespace dlfast::DLFAST_LEVEL

@@ -37,16 +37,13 @@ struct CpuKernels {
   // grad_weight) or the weight (for grad_input) holds an infinity or a NaN: those meet the zeros that are
   // skipped here, and PyTorch's product of the two is NaN.
 
-  // grad_weight like weight, grad_bias [K]; grad_y and code channels_last. For many input channels.
-  bool (*grad_weight)(const ConvBlockParams& p, Dtype dtype, const void* input, const void* grad_y,
-                      const void* code, void* grad_weight, void* grad_bias, float* scratch);
-  int64_t (*grad_weight_scratch)(const ConvBlockParams& p, int64_t threads);
-
-  // The same for few input channels: float32, groups == 1, grad_y and code contiguous.
-  bool (*grad_weight_patches)(const ConvBlockParams& p, const float* input, const float* grad_y,
-                              const void* code, float* grad_weight, float* grad_bias, float* scratch);
-  int64_t (*grad_weight_patches_scratch)(const ConvBlockParams& p, int64_t threads);
-  int64_t most_patch_taps;  // kh * kw * C the kernel above accepts
+  // grad_weight like weight, grad_bias [K]; grad_y and code channels_last. With `patches` the way for few
+  // input channels is taken.
+  bool (*grad_weight)(const ConvBlockParams& p, bool patches, Dtype dtype, const void* input,
+                      const void* grad_y, const void* code, void* grad_weight, void* grad_bias,
+                      float* scratch);
+  int64_t (*grad_weight_scratch)(const ConvBlockParams& p, bool patches, int64_t threads);
+  int64_t most_patch_taps;  // kh * kw * C / groups that `patches` accepts
 
   // grad_input in the layout of the pool; grad_y and code channels_last.
   bool (*grad_input)(const ConvBlockParams& p, Dtype dtype, const void* weight, const void* grad_y,
@@ -54,6 +51,9 @@ struct CpuKernels {
   int64_t (*grad_input_scratch)(const ConvBlockParams& p, int64_t threads);
 
   int64_t lanes;  // floats in a register
+
+  // Runs `rounds` of independent multiply-adds in registers; how many multiplications and additions that was.
+  double (*multiply_adds)(int64_t rounds);
 };
 
 const CpuKernels& cpu_kernels_portable();
@@ -108,17 +108,15 @@ inline bool forward_fits(const ConvBlockParams& p, Dtype dtype, bool save_code) 
   const bool winograd_fits = c.kernel[0] == 3 && c.kernel[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
                              c.dilation[0] == 1 && c.dilation[1] == 1;
   return block_fits(p, dtype) && !mask_wanted && (p.winograd == 0 || winograd_fits) &&
-         smallest_band_fits(p, p.winograd == 0 ? kOutputsPerPosition : 5.0 * c.in_channels + 2.0 * c.out_channels);
+         smallest_band_fits(
+             p, p.winograd == 0 ? kOutputsPerPosition : 5.0 * c.in_channels + 2.0 * c.out_channels);
 }
 
-inline bool grad_weight_patches_fits(const ConvBlockParams& p, Dtype dtype, const CpuKernels& kernels) {
-  return dtype == Dtype::float32 && block_fits(p, dtype) && p.conv.groups == 1 && p.pool.pool != Pool::avg &&
-         p.conv.positions() * p.conv.in_channels <= kernels.most_patch_taps &&
-         smallest_band_fits(p, static_cast<double>(kernels.most_patch_taps));
-}
-
-inline bool grad_weight_fits(const ConvBlockParams& p, Dtype dtype) {
-  return block_fits(p, dtype) && p.pool.pool != Pool::avg && smallest_band_fits(p, 2.0 * p.conv.out_channels);
+inline bool grad_weight_fits(const ConvBlockParams& p, bool patches, Dtype dtype, const CpuKernels& kernels) {
+  const int64_t taps = p.conv.positions() * p.conv.group_in();
+  const double per_position = patches ? static_cast<double>(taps + kernels.lanes) : 0.0;
+  return block_fits(p, dtype) && p.pool.pool != Pool::avg && !(patches && taps > kernels.most_patch_taps) &&
+         smallest_band_fits(p, 2.0 * p.conv.group_out() + per_position);
 }
 
 inline bool grad_input_fits(const ConvBlockParams& p, Dtype dtype) {

@@ -10,54 +10,92 @@ struct Live {
   int32_t at;
 };
 
+// Positions of the convolution output that count, and where they lie in somebody's memory: (row, col) at
+// (row - first_row) * row_step + (col - first_col) * col_step.
+struct Region {
+  int64_t first_row, last_row, first_col, last_col;
+  int64_t row_step, col_step;
+
+  DLFAST_INLINE int64_t at(int64_t row, int64_t col) const {
+    return (row - first_row) * row_step + (col - first_col) * col_step;
+  }
+  DLFAST_INLINE bool holds(int64_t row, int64_t col) const {
+    return (row >= first_row) & (row < last_row) & (col >= first_col) & (col < last_col);
+  }
+};
+
 // The pooled gradient of a block and its code, both channels_last: [N, PH, PW, K].
 template <typename T>
-struct PooledGradient {
-  const ConvBlockParams& p;
-  const T* grad;
-  const void* code;    // uint8 of max pooling, or the output (T) of ReLU alone, or null
-  int32_t rows[256];   // position of each code in its window; far outside for what is no position
-  int32_t cols[256];
-
-  PooledGradient(const ConvBlockParams& p_, const T* grad_, const void* code_)
-      : p(p_), grad(grad_), code(code_) {
+class PooledGradient {
+ public:
+  PooledGradient(const ConvBlockParams& p, const T* grad, const void* code)
+      : pool_(p.pool), grad_(grad), code_(code) {
     for (int32_t i = 0; i < 256; ++i) {
-      const bool is_position = i < p.pool.window_positions() && i != kNoWinner<uint8_t>;
-      rows[i] = is_position ? i / static_cast<int32_t>(p.pool.window.size[1]) : -(1 << 30);
-      cols[i] = is_position ? i % static_cast<int32_t>(p.pool.window.size[1]) : 0;
+      is_position_[i] = i < pool_.window_positions() && i != kNoWinner<uint8_t>;
+      row_[i] = is_position_[i] ? i / static_cast<int32_t>(pool_.window.size[1]) : 0;
+      col_[i] = is_position_[i] ? i % static_cast<int32_t>(pool_.window.size[1]) : 0;
     }
   }
 
-  // Calls put(k - first, row, column, gradient, passes) for the channels [first, last) of a pooled pixel.
-  // Where `passes` is false, so that row and column mean nothing, both are those of the window's corner: a
-  // caller that writes always and counts only what passes has no branch to mispredict.
+  // Calls put(k - first, at, gradient, passes) for the channels [first, last) of every pooled pixel of `rows`
+  // and `cols`. Where nothing passes, or not within the region, `at` is that of some position of the region:
+  // a caller that writes always and counts only what passes has no branch to mispredict.
   template <typename Put>
-  DLFAST_INLINE void visit(int64_t image, int64_t py, int64_t px, int64_t first, int64_t last,
-                           const Put& put) const {
-    const ReluPoolParams& pool = p.pool;
-    const int64_t pixel = ((image * pool.output_size[0] + py) * pool.output_size[1] + px) * pool.channels;
-    const T* grads = grad + pixel;
-    if (pool.pool == Pool::max) {
-      const uint8_t* codes = static_cast<const uint8_t*>(code) + pixel;
-      const int64_t top = py * pool.window.stride[0] - pool.window.padding[0];
-      const int64_t left = px * pool.window.stride[1] - pool.window.padding[1];
-      const auto height = static_cast<uint64_t>(pool.input_size[0]);
-      const auto width = static_cast<uint64_t>(pool.input_size[1]);
-      for (int64_t k = first; k < last; ++k) {
-        const int64_t row = top + rows[codes[k]], col = left + cols[codes[k]];
-        const bool passes = (static_cast<uint64_t>(row) < height) & (static_cast<uint64_t>(col) < width);
-        put(k - first, passes ? row : std::max<int64_t>(top, 0), passes ? col : std::max<int64_t>(left, 0),
-            static_cast<float>(grads[k]), passes);
-      }
-      return;
+  DLFAST_INLINE void visit(int64_t image, const Span& rows, const Span& cols, int64_t first, int64_t last,
+                           const Region& region, const Put& put) const {
+    int32_t offset[256];  // of each code from the corner of its window
+    for (int i = 0; i < 256; ++i) {
+      offset[i] = static_cast<int32_t>(row_[i] * region.row_step + col_[i] * region.col_step);
     }
-    const bool rectified = pool.activation == Activation::relu;
-    const T* outputs = rectified ? static_cast<const T*>(code) + pixel : grads;
+    for (int64_t py = rows.begin; py < rows.end; ++py) {
+      for (int64_t px = cols.begin; px < cols.end; ++px) {
+        const int64_t pixel =
+            ((image * pool_.output_size[0] + py) * pool_.output_size[1] + px) * pool_.channels;
+        const T* grads = grad_ + pixel;
+        if (pool_.pool != Pool::max) {
+          visit_unpooled(grads, pixel, first, last, region.holds(py, px), region.at(py, px), put);
+          continue;
+        }
+        const uint8_t* codes = static_cast<const uint8_t*>(code_) + pixel;
+        const int64_t top = py * pool_.window.stride[0] - pool_.window.padding[0];
+        const int64_t left = px * pool_.window.stride[1] - pool_.window.padding[1];
+        const bool inside = region.holds(top, left) &&
+                            region.holds(top + pool_.window.size[0] - 1, left + pool_.window.size[1] - 1);
+        const int64_t corner = region.at(top, left);
+        if (inside) {
+          for (int64_t k = first; k < last; ++k) {
+            const uint8_t code = codes[k];
+            put(k - first, corner + offset[code], static_cast<float>(grads[k]), is_position_[code]);
+          }
+          continue;
+        }
+        for (int64_t k = first; k < last; ++k) {
+          const uint8_t code = codes[k];
+          const bool passes = is_position_[code] & region.holds(top + row_[code], left + col_[code]);
+          put(k - first, passes ? corner + offset[code] : 0, static_cast<float>(grads[k]), passes);
+        }
+      }
+    }
+  }
+
+ private:
+  template <typename Put>
+  DLFAST_INLINE void visit_unpooled(const T* grads, int64_t pixel, int64_t first, int64_t last, bool inside,
+                                    int64_t at, const Put& put) const {
+    if (!inside) return;
+    const bool rectified = pool_.activation == Activation::relu;
+    const T* outputs = rectified ? static_cast<const T*>(code_) + pixel : grads;
     for (int64_t k = first; k < last; ++k) {
       const bool passes = !rectified || !(static_cast<float>(outputs[k]) <= 0.0f);
-      put(k - first, py, px, static_cast<float>(grads[k]), passes);
+      put(k - first, at, static_cast<float>(grads[k]), passes);
     }
   }
+
+  const ReluPoolParams& pool_;
+  const T* grad_;
+  const void* code_;  // uint8 of max pooling, or the output (T) of ReLU alone, or null
+  bool is_position_[256];
+  int32_t row_[256], col_[256];
 };
 
 // Whether no lane of a sum of 0 * x is NaN: every x was finite.

@@ -1,5 +1,5 @@
-// The strip: convolution rows under a band for one block of output channels, z [conv_rows][conv_cols][kBlock],
-// which stays in cache, and its way through ReLU and pooling to the output.
+// The strip: convolution rows under a band for one block of output channels, z
+// [conv_rows][conv_cols][kBlock], which stays in cache, and its way through ReLU and pooling to the output.
 #pragma once
 
 namespace dlfast::DLFAST_LEVEL {
@@ -40,7 +40,8 @@ void flush(const From* tile, int64_t pixels, int64_t channels, To* out, int64_t 
            int64_t pixel_stride) {
   if (channel_stride == 1) {
     for (int64_t i = 0; i < pixels; ++i) {
-      for (int64_t k = 0; k < channels; ++k) out[i * pixel_stride + k] = static_cast<To>(tile[i * kBlock + k]);
+      for (int64_t k = 0; k < channels; ++k)
+        out[i * pixel_stride + k] = static_cast<To>(tile[i * kBlock + k]);
     }
     return;
   }

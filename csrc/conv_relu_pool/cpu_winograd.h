@@ -1,4 +1,5 @@
-// The convolution of a band with a 3x3 kernel and stride 1 by Winograd's minimal filtering: fewer multiplications.
+// The convolution of a band with a 3x3 kernel and stride 1 by Winograd's minimal filtering: fewer
+// multiplications.
 //
 // F(M x M, 3 x 3) computes a tile of M x M outputs from (M+2) x (M+2) inputs with (M+2)^2 multiplications per
 // pair of channels instead of 9 M^2: 2.25 times fewer for M = 2, 4 times fewer for M = 4. Per element of the
@@ -112,7 +113,7 @@ void pack_winograd_weight(const ConvParams& conv, const T* weight, float* packed
 
 // What the tiles of one part of a band need, in floats.
 struct WinogradScratch {
-  int64_t tiles;               // at once
+  int64_t tiles;  // at once
   int64_t transformed, products;
 
   explicit WinogradScratch(const ConvBlockParams& p, const Bands& bands) {
@@ -241,9 +242,11 @@ bool band_winograd(const ConvBlockParams& p, const Bands& bands, const Band& ban
               multiply_tiles<kTileGroup, VECTORS>(from + i * channels, w, channels, to + i * kBlock);
             }
           }
-          for (; t < count; ++t) multiply_tiles<1, VECTORS>(from + t * channels, w, channels, to + t * kBlock);
+          for (; t < count; ++t)
+            multiply_tiles<1, VECTORS>(from + t * channels, w, channels, to + t * kBlock);
         }
-        return transform_output<M, VECTORS>(bands, products, bias + k, first, count, z + k / kBlock * strip * kBlock);
+        return transform_output<M, VECTORS>(bands, products, bias + k, first, count,
+                                            z + k / kBlock * strip * kBlock);
       };
       finite &= outputs - k > kLanes ? block(std::integral_constant<int, 2>{})
                                      : block(std::integral_constant<int, 1>{});

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "conv_relu_pool/op.h"
 #include "conv_relu_pool/plan.h"
 #ifdef DLFAST_WITH_CUDA
 #include <c10/cuda/CUDAStream.h>
@@ -206,16 +207,27 @@ ConvBlockParams check_block(const char* op, const Tensor& input, const Tensor& w
   return p;
 }
 
+PlanContext context_of(const Tensor& input, Dtype dtype, bool save_code) {
+  return {dtype, input.is_cpu() && input.numel() > 0, save_code, at::get_num_threads()};
+}
+
+// p.winograd and p.grain for a forward kernel of ours.
+void prepare_forward(ConvBlockParams& p, Path path, int64_t threads) {
+  p.winograd = path == Path::winograd2 ? 2 : path == Path::winograd4 ? 4 : 0;
+  const double strip =
+      p.winograd == 0 ? 0.0 : static_cast<double>(p.conv.output_size[1] * p.conv.out_channels);
+  p.grain = plan_grain(
+      p, padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] + strip,
+      threads);
+}
+
 // Nothing where Winograd's sums are not finite.
-std::optional<std::tuple<Tensor, Tensor>> own_forward(ConvBlockParams p, Dtype dtype, ForwardPath path,
+std::optional<std::tuple<Tensor, Tensor>> own_forward(ConvBlockParams p, Dtype dtype, Path path,
                                                       const Tensor& input, const Tensor& weight,
                                                       const std::optional<Tensor>& bias, bool save_code) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  p.winograd = path == ForwardPath::winograd2 ? 2 : path == ForwardPath::winograd4 ? 4 : 0;
-  const double strip = p.winograd == 0 ? 0.0 : static_cast<double>(p.conv.output_size[1] * p.conv.out_channels);
-  p.grain = plan_grain(
-      p, padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] + strip, threads);
+  prepare_forward(p, path, threads);
   const Tensor w = weight.contiguous();
   const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
   Tensor output = empty_output(p.pool, input, input.scalar_type());
@@ -246,8 +258,8 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
   check_bias(op, bias, p.conv.out_channels, input);
 
   const c10::OptionalDeviceGuard guard(input.device());
-  const ForwardPath path = plan_forward(p, dtype, input.is_cpu(), save_code);
-  if (path != ForwardPath::epilogue) {
+  const Path path = plan_forward(p, context_of(input, dtype, save_code)).path();
+  if (path != Path::pytorch) {
     if (auto result = own_forward(p, dtype, path, input, weight, bias, save_code)) return *result;
   }
   // The CPU's convolution adds the bias for nothing; cuDNN's takes a pass of its own, which ours saves.
@@ -268,47 +280,72 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
 }
 
 // grad_weight and grad_bias by our kernels; false where they are to be had in the dense way only.
-bool own_grad_weight(ConvBlockParams p, Dtype dtype, GradientPath path, const Tensor& grad_output,
+bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const Tensor& grad_output,
                      const Tensor& input, const Tensor& code, Tensor& grad_weight, Tensor& grad_bias) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  const bool patches = path == GradientPath::patches;
+  const bool patches = path == Path::patches;
   const int64_t taps = p.conv.positions() * p.conv.in_channels;
   const double per_position = static_cast<double>(patches ? taps : p.conv.group_out() / 2);
-  p.grain = plan_grain(p,
-                       padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
-                           p.conv.output_size[1] * per_position,
-                       threads);
-  if (patches) p.pool.channels_last = false;  // it goes through one channel after the other
-  const at::MemoryFormat format = patches ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
-  const Tensor grad = grad_output.contiguous(format);
-  const Tensor own_code = code.dim() == 4 ? code.contiguous(format) : code;
-  const int64_t floats =
-      patches ? kernels.grad_weight_patches_scratch(p, threads) : kernels.grad_weight_scratch(p, threads);
-  const Tensor scratch = at::empty({floats}, input.options().dtype(at::kFloat));
-  if (patches) {
-    return kernels.grad_weight_patches(p, input.const_data_ptr<float>(), grad.const_data_ptr<float>(),
-                                       code_pointer(own_code), grad_weight.data_ptr<float>(),
-                                       grad_bias.data_ptr<float>(), scratch.data_ptr<float>());
-  }
-  return kernels.grad_weight(p, dtype, input.const_data_ptr(), grad.const_data_ptr(), code_pointer(own_code),
-                             grad_weight.data_ptr(), grad_bias.data_ptr(), scratch.data_ptr<float>());
+  p.grain =
+      plan_grain(p,
+                 padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
+                     p.conv.output_size[1] * per_position,
+                 threads);
+  const Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor own_code = code.dim() == 4 ? code.contiguous(at::MemoryFormat::ChannelsLast) : code;
+  const Tensor scratch =
+      at::empty({kernels.grad_weight_scratch(p, patches, threads)}, input.options().dtype(at::kFloat));
+  return kernels.grad_weight(p, patches, dtype, input.const_data_ptr(), grad.const_data_ptr(),
+                             code_pointer(own_code), grad_weight.data_ptr(), grad_bias.data_ptr(),
+                             scratch.data_ptr<float>());
 }
 
 bool own_grad_input(ConvBlockParams p, Dtype dtype, const Tensor& grad_output, const Tensor& weight,
                     const Tensor& code, Tensor& grad_input) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  p.grain = plan_grain(p,
-                       padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
-                           static_cast<double>(p.conv.output_size[1] * p.conv.group_out()),
-                       threads);
+  p.grain =
+      plan_grain(p,
+                 padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
+                     static_cast<double>(p.conv.output_size[1] * p.conv.group_out()),
+                 threads);
   const Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
   const Tensor own_code = code.dim() == 4 ? code.contiguous(at::MemoryFormat::ChannelsLast) : code;
   const Tensor scratch =
       at::empty({kernels.grad_input_scratch(p, threads)}, weight.options().dtype(at::kFloat));
   return kernels.grad_input(p, dtype, w.const_data_ptr(), grad.const_data_ptr(), code_pointer(own_code),
                             grad_input.data_ptr(), scratch.data_ptr<float>());
+}
+
+// grad_input where nothing was pooled: the convolution of the gradient with the kernel turned around.
+bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const Tensor& grad_output,
+                         const Tensor& weight, const Tensor& code, Tensor& grad_input) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = at::get_num_threads();
+  const Tensor grad_z = expand_gradient(p.pool, dtype, grad_output, code);
+  const int64_t groups = p.conv.groups;
+  const Tensor turned = weight.contiguous()
+                            .view({groups, p.conv.group_out(), p.conv.group_in(), 3, 3})
+                            .transpose(1, 2)
+                            .reshape({p.conv.in_channels, p.conv.group_out(), 3, 3})
+                            .flip({2, 3})
+                            .contiguous();
+  ConvBlockParams q = p;
+  std::swap(q.conv.in_channels, q.conv.out_channels);
+  q.pool.channels = q.conv.out_channels;
+  q.pool.activation = Activation::none;
+  for (const int axis : {0, 1}) {
+    q.conv.input_size[axis] = p.conv.output_size[axis];
+    q.conv.output_size[axis] = q.pool.input_size[axis] = q.pool.output_size[axis] = p.conv.input_size[axis];
+    q.conv.padding[axis] = 2 - p.conv.padding[axis];
+  }
+  for (const int axis : {0, 1, 2, 3}) q.input_strides[axis] = grad_z.stride(axis);
+  prepare_forward(q, Path::winograd4, threads);
+  const Tensor scratch =
+      at::empty({kernels.forward_scratch(q, dtype, threads)}, weight.options().dtype(at::kFloat));
+  return kernels.forward(q, dtype, grad_z.const_data_ptr(), turned.const_data_ptr(), nullptr,
+                         grad_input.data_ptr(), nullptr, scratch.data_ptr<float>());
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
@@ -330,9 +367,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
 
   Tensor grad_input = nothing(input), grad_weight = nothing(input), grad_bias = nothing(input);
   auto [needs_input, needs_weight, needs_bias] = output_mask;
-  const bool cpu = input.is_cpu() && p.conv.batch > 0;
-  const GradientPath weight_path = plan_grad_weight(p, dtype, cpu);
-  if (needs_weight && weight_path != GradientPath::pytorch) {
+  const PlanContext context = context_of(input, dtype, true);
+  const Path weight_path = needs_weight ? plan_grad_weight(p, context).path() : Path::pytorch;
+  if (weight_path != Path::pytorch) {
     Tensor own_weight = at::empty(weight.sizes(), weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, weight.options());
     if (own_grad_weight(p, dtype, weight_path, grad_output, input, checked, own_weight, own_bias)) {
@@ -341,9 +378,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
       needs_weight = needs_bias = false;
     }
   }
-  if (needs_input && plan_grad_input(p, dtype, cpu) == GradientPath::sparse) {
+  const Path input_path = needs_input ? plan_grad_input(p, context).path() : Path::pytorch;
+  if (input_path != Path::pytorch) {
     Tensor own_input = at::empty(input.sizes(), input.options().memory_format(format_of(p.pool)));
-    if (own_grad_input(p, dtype, grad_output, weight, checked, own_input)) {
+    const bool done = input_path == Path::sparse
+                          ? own_grad_input(p, dtype, grad_output, weight, checked, own_input)
+                          : winograd_grad_input(p, dtype, grad_output, weight, checked, own_input);
+    if (done) {
       grad_input = own_input;
       needs_input = false;
     }
@@ -359,6 +400,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
   if (needs_bias) grad_bias = dense_bias;
   return {grad_input, grad_weight, grad_bias};
 }
+
+}  // namespace
+
+BlockPlan plan_block(const Tensor& input, const Tensor& weight, const BlockArgs& block,
+                     const PoolArgs& pooling, bool save_code) {
+  constexpr const char* op = "plan_block";
+  const Dtype dtype = check_dtype(op, "input", input);
+  const ConvBlockParams p = check_block(op, input, weight, block, pooling);
+  const PlanContext context = context_of(input, dtype, save_code);
+  return {convolution_flops(p.conv), plan_forward(p, context), plan_grad_input(p, context),
+          plan_grad_weight(p, context)};
+}
+
+namespace {
 
 void register_all(torch::Library& m) {
   m.impl("_conv_relu_pool2d", conv_relu_pool2d);

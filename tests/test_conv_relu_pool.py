@@ -234,19 +234,28 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("channels", [3, 24])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
+    """For a given number of threads; and the gradients are right for the winners that forward has chosen."""
     monkeypatch.setenv("DLFAST_PLAN", plan)
     case = Case(n=7, c=channels, k=40, h=32, w=30, conv={"padding": 1})
-    tensors = cases.normals(case, torch.float32)
+    input, weight, bias = cases.normals(case, torch.float32)
+    geometry = [(1, 1), (1, 1), (1, 1), 1, "relu", "max", (2, 2), (2, 2), (0, 0), False]
+    grad = torch.randn(7, 40, 16, 15, generator=torch.Generator().manual_seed(1))
+
+    def both() -> list[torch.Tensor]:
+        output, code = torch.ops.dlfast._conv_relu_pool2d(input, weight, bias, *geometry, True)
+        grads = torch.ops.dlfast._conv_relu_pool2d_backward(grad, input, weight, code, *geometry, [True] * 3)
+        return [output, code, *grads]
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
-        second = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+        first, second = both(), both()
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
-    expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
-    torch.testing.assert_close(first[0], expected, rtol=1e-4, atol=1e-4)
-    for grad, wanted in zip(first[1], expected_grads, strict=True):
-        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact = [t.double() for t in (input, weight, bias)]
+    output = reference.conv_relu_pool2d(*exact, **case.options)
+    torch.testing.assert_close(first[0].double(), output, rtol=1e-5, atol=1e-4)
+    wanted = torch.ops.dlfast._conv_relu_pool2d_backward(grad.double(), *exact[:2], first[1], *geometry, [True] * 3)
+    for ours, dense in zip(first[2:], wanted, strict=True):
+        torch.testing.assert_close(ours.double(), dense, rtol=0, atol=1e-5 * dense.abs().max().item())

@@ -2,21 +2,22 @@
 // DLFAST_LANES (floats in a register) defined.
 #include "common/vec.h"
 #include "conv_relu_pool/cpu_window.h"
-// In the order they build on each other.
-#include "conv_relu_pool/cpu_band.h"
+// clang-format off: in the order they build on each other.
 #include "conv_relu_pool/cpu_copy.h"
+#include "conv_relu_pool/cpu_band.h"
+#include "conv_relu_pool/cpu_strip.h"
 #include "conv_relu_pool/cpu_direct_forward.h"
+#include "conv_relu_pool/cpu_winograd.h"
 #include "conv_relu_pool/cpu_forward.h"
+#include "conv_relu_pool/cpu_passing.h"
 #include "conv_relu_pool/cpu_grad_input.h"
 #include "conv_relu_pool/cpu_grad_weight.h"
 #include "conv_relu_pool/cpu_grad_weight_channels.h"
 #include "conv_relu_pool/cpu_grad_weight_patches.h"
-#include "conv_relu_pool/cpu_passing.h"
-#include "conv_relu_pool/cpu_peak.h"
 #include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
-#include "conv_relu_pool/cpu_strip.h"
-#include "conv_relu_pool/cpu_winograd.h"
+#include "conv_relu_pool/cpu_peak.h"
+// clang-format on
 
 namespace dlfast {
 

@@ -65,12 +65,89 @@ int64_t grad_input_scratch(const ConvBlockParams& p, int64_t threads) {
   return round_up(p.conv.groups * sizes.weight, 2) + threads * sizes.per_thread();
 }
 
+// The products, which do not depend on the dtype of the tensors.
+struct Scatter {
+  const ConvBlockParams& p;
+  GradInputScratch sizes;
+
+  explicit Scatter(const ConvBlockParams& params) : p(params), sizes(params) {}
+
+  // The input rows [begin, end) of a unit and the convolution rows [first, last) that reach them.
+  struct Rows {
+    int64_t begin, end, first, last;
+  };
+  Rows rows_of(int64_t index) const {
+    const ConvParams& conv = p.conv;
+    const int64_t begin = index * sizes.rows, end = std::min(begin + sizes.rows, conv.input_size[0]);
+    const int64_t above = begin + conv.padding[0] - (conv.kernel[0] - 1) * conv.dilation[0];
+    const int64_t first = above <= 0 ? 0 : (above + conv.stride[0] - 1) / conv.stride[0];
+    return {begin, end, first,
+            std::min((end - 1 + conv.padding[0]) / conv.stride[0] + 1, conv.output_size[0])};
+  }
+
+  // TAPS taps of one convolution row, over all its pixels.
+  template <int TAPS>
+  void scatter_row(const Live* lists, Live* const* ends, const float* weight, float* tile,
+                   const int32_t* offsets) const {
+    const int64_t step = p.conv.stride[1] * kLanes;
+    for (int64_t x = 0; x < p.conv.output_size[1]; ++x) {
+      const Live* list = lists + x * sizes.capacity;
+      if (ends[x] != list) scatter_list<TAPS>(list, ends[x] - list, weight, tile + x * step, offsets);
+    }
+  }
+  template <int TAPS = 1>
+  void scatter_any(int64_t taps, const Live* lists, Live* const* ends, const float* weight, float* tile,
+                   const int32_t* offsets) const {
+    if constexpr (TAPS <= kMostTaps) {
+      if (taps == TAPS) return scatter_row<TAPS>(lists, ends, weight, tile, offsets);
+      scatter_any<TAPS + 1>(taps, lists, ends, weight, tile, offsets);
+    }
+  }
+
+  // weight is that of the unit's group, at the first output channel listed.
+  void run(const Rows& rows, const Live* lists, Live* const* ends, const float* weight, float* tile) const {
+    const ConvParams& conv = p.conv;
+    const int64_t width = conv.output_size[1];
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      // Kernel rows that fall into the unit's input rows.
+      const int64_t top = row * conv.stride[0] - conv.padding[0], dilation = conv.dilation[0];
+      const int64_t before = rows.begin - top, within = rows.end - 1 - top;
+      const int64_t r0 = before <= 0 ? 0 : (before + dilation - 1) / dilation;
+      const int64_t r1 = within < 0 ? 0 : std::min(within / dilation + 1, conv.kernel[0]);
+      if (r0 >= r1) continue;
+      const int64_t taps = (r1 - r0) * conv.kernel[1];
+      const int64_t passes = (taps + kMostTaps - 1) / kMostTaps;
+      const int64_t at = (row - rows.first) * width;
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t begin = taps * pass / passes, end = taps * (pass + 1) / passes;
+        int32_t offsets[kMostTaps];
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t r = r0 + t / conv.kernel[1], s = t % conv.kernel[1];
+          offsets[t - begin] = static_cast<int32_t>(
+              ((top + r * dilation - rows.begin) * sizes.cols + s * conv.dilation[1]) * kLanes);
+        }
+        scatter_any(end - begin, lists + at * sizes.capacity, ends + at,
+                    weight + (r0 * conv.kernel[1] + begin) * kLanes, tile, offsets);
+      }
+    }
+  }
+};
+
 template <typename T>
 struct GradInput {
+  using Rows = Scatter::Rows;
   const ConvBlockParams& p;
   const PooledGradient<T> gradient;
   T* grad_input;
-  const GradInputScratch sizes;
+  const Scatter scatter;
+  const GradInputScratch& sizes;
+
+  GradInput(const ConvBlockParams& params, const T* grad_y, const void* code, T* grad_input_)
+      : p(params),
+        gradient(params, grad_y, code),
+        grad_input(grad_input_),
+        scatter(params),
+        sizes(scatter.sizes) {}
 
   // weight [K, C, kh, kw] of a group as [block][K][kh * kw][kLanes], zeros beyond C; false unless finite.
   bool pack_weight(const T* weight, float* packed) const {
@@ -97,19 +174,6 @@ struct GradInput {
     return finite;
   }
 
-  // The input rows [begin, end) of a unit and the convolution rows [first, last) that reach them.
-  struct Rows {
-    int64_t begin, end, first, last;
-  };
-  Rows rows_of(int64_t index) const {
-    const ConvParams& conv = p.conv;
-    const int64_t begin = index * sizes.rows, end = std::min(begin + sizes.rows, conv.input_size[0]);
-    const int64_t above = begin + conv.padding[0] - (conv.kernel[0] - 1) * conv.dilation[0];
-    const int64_t first = above <= 0 ? 0 : (above + conv.stride[0] - 1) / conv.stride[0];
-    return {begin, end, first,
-            std::min((end - 1 + conv.padding[0]) / conv.stride[0] + 1, conv.output_size[0])};
-  }
-
   // Lists of the output channels [k, k + count) for every convolution pixel of the rows; the list of pixel i
   // starts at lists + i * capacity and ends before ends[i].
   void list(int64_t image, const Rows& rows, int64_t k, int64_t count, Live* lists, Live** ends) const {
@@ -127,54 +191,6 @@ struct GradInput {
                      *end = {grad, static_cast<int32_t>(i) * weight_step};
                      end += passes;
                    });
-  }
-
-  // TAPS taps of one convolution row, over all its pixels.
-  template <int TAPS>
-  void scatter_row(const Live* lists, Live* const* ends, const float* weight, float* tile,
-                   const int32_t* offsets) const {
-    const int64_t step = p.conv.stride[1] * kLanes;
-    for (int64_t x = 0; x < p.conv.output_size[1]; ++x) {
-      const Live* list = lists + x * sizes.capacity;
-      if (ends[x] != list) scatter_list<TAPS>(list, ends[x] - list, weight, tile + x * step, offsets);
-    }
-  }
-  template <int TAPS = 1>
-  void scatter_any(int64_t taps, const Live* lists, Live* const* ends, const float* weight, float* tile,
-                   const int32_t* offsets) const {
-    if constexpr (TAPS <= kMostTaps) {
-      if (taps == TAPS) return scatter_row<TAPS>(lists, ends, weight, tile, offsets);
-      scatter_any<TAPS + 1>(taps, lists, ends, weight, tile, offsets);
-    }
-  }
-
-  // weight is that of the unit's group, at the first output channel listed.
-  void scatter(const Rows& rows, const Live* lists, Live* const* ends, const float* weight,
-               float* tile) const {
-    const ConvParams& conv = p.conv;
-    const int64_t width = conv.output_size[1];
-    for (int64_t row = rows.first; row < rows.last; ++row) {
-      // Kernel rows that fall into the unit's input rows.
-      const int64_t top = row * conv.stride[0] - conv.padding[0], dilation = conv.dilation[0];
-      const int64_t before = rows.begin - top, within = rows.end - 1 - top;
-      const int64_t r0 = before <= 0 ? 0 : (before + dilation - 1) / dilation;
-      const int64_t r1 = within < 0 ? 0 : std::min(within / dilation + 1, conv.kernel[0]);
-      if (r0 >= r1) continue;
-      const int64_t taps = (r1 - r0) * conv.kernel[1];
-      const int64_t passes = (taps + kMostTaps - 1) / kMostTaps;
-      const int64_t at = (row - rows.first) * width;
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t begin = taps * pass / passes, end = taps * (pass + 1) / passes;
-        int32_t offsets[kMostTaps];
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t r = r0 + t / conv.kernel[1], s = t % conv.kernel[1];
-          offsets[t - begin] = static_cast<int32_t>(
-              ((top + r * dilation - rows.begin) * sizes.cols + s * conv.dilation[1]) * kLanes);
-        }
-        scatter_any(end - begin, lists + at * sizes.capacity, ends + at,
-                    weight + (r0 * conv.kernel[1] + begin) * kLanes, tile, offsets);
-      }
-    }
   }
 
   // tile [block][rows][cols][kLanes] to the rows of grad_input.
@@ -215,7 +231,7 @@ struct GradInput {
     const ConvParams& conv = p.conv;
     const int64_t group = index % conv.groups, outputs = conv.group_out();
     const int64_t image = index / conv.groups / sizes.per_image;
-    const Rows rows = rows_of(index / conv.groups % sizes.per_image);
+    const Rows rows = scatter.rows_of(index / conv.groups % sizes.per_image);
     Live** ends = reinterpret_cast<Live**>(scratch);
     Live* lists = reinterpret_cast<Live*>(scratch + sizes.ends);
     float* tile = scratch + sizes.ends + sizes.lists;
@@ -225,7 +241,7 @@ struct GradInput {
       list(image, rows, group * outputs + k, std::min(sizes.chunk, outputs - k), lists, ends);
       const float* weight = weights + group * sizes.weight + k * conv.positions() * kLanes;
       for (int64_t block = 0; block < sizes.blocks; ++block) {
-        scatter(rows, lists, ends, weight + block * block_weight, tile + block * block_size);
+        scatter.run(rows, lists, ends, weight + block * block_weight, tile + block * block_size);
       }
     }
     flush_rows(image, group, rows, tile);
@@ -235,7 +251,7 @@ struct GradInput {
 template <typename T>
 bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, const void* code,
                    T* grad_input, float* scratch) {
-  const GradInput<T> work{p, PooledGradient<T>(p, grad_y, code), grad_input, GradInputScratch(p)};
+  const GradInput<T> work(p, grad_y, code, grad_input);
   const GradInputScratch& sizes = work.sizes;
   bool finite = true;
   for (int64_t group = 0; group < p.conv.groups; ++group) {

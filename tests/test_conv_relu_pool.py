@@ -255,7 +255,8 @@ def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     exact = [t.double() for t in (input, weight, bias)]
     output = reference.conv_relu_pool2d(*exact, **case.options)
-    torch.testing.assert_close(first[0].double(), output, rtol=1e-5, atol=1e-4)
+    bound = cases.forward_bound(case, [input, weight, bias], torch.float32)
+    assert ((first[0].double() - output).abs() <= (16 if plan == "winograd4" else 1) * bound).all()
     wanted = torch.ops.dlfast._conv_relu_pool2d_backward(grad.double(), *exact[:2], first[1], *geometry, [True] * 3)
     for ours, dense in zip(first[2:], wanted, strict=True):
         torch.testing.assert_close(ours.double(), dense, rtol=0, atol=1e-5 * dense.abs().max().item())

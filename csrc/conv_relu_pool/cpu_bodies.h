@@ -5,6 +5,7 @@
 // clang-format off: in the order they build on each other.
 #include "conv_relu_pool/cpu_copy.h"
 #include "conv_relu_pool/cpu_band.h"
+#include "conv_relu_pool/cpu_channels_last.h"
 #include "conv_relu_pool/cpu_strip.h"
 #include "conv_relu_pool/cpu_direct_forward.h"
 #include "conv_relu_pool/cpu_winograd.h"
@@ -37,6 +38,8 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .most_patch_taps = level::kMaxTaps,
       .grad_input = level::grad_input,
       .grad_input_scratch = level::grad_input_scratch,
+      .to_channels_last = level::to_channels_last,
+      .codes_to_channels_last = level::codes_to_channels_last,
       .lanes = level::kLanes,
       .multiply_adds = level::multiply_adds,
   };

@@ -142,7 +142,7 @@ struct GradInput {
   const Scatter scatter;
   const GradInputScratch& sizes;
 
-  GradInput(const ConvBlockParams& params, const T* grad_y, const void* code, T* grad_input_)
+  GradInput(const ConvBlockParams& params, const T* grad_y, const uint8_t* code, T* grad_input_)
       : p(params),
         gradient(params, grad_y, code),
         grad_input(grad_input_),
@@ -249,7 +249,7 @@ struct GradInput {
 };
 
 template <typename T>
-bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, const void* code,
+bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, const uint8_t* code,
                    T* grad_input, float* scratch) {
   const GradInput<T> work(p, grad_y, code, grad_input);
   const GradInputScratch& sizes = work.sizes;
@@ -269,7 +269,7 @@ bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, c
 }
 
 bool grad_input(const ConvBlockParams& p, Dtype dtype, const void* weight, const void* grad_y,
-                const void* code, void* grad_input, float* scratch) {
+                const uint8_t* code, void* grad_input, float* scratch) {
   return dispatch_block(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     return grad_input_of(p, static_cast<const T*>(weight), static_cast<const T*>(grad_y), code,

@@ -95,7 +95,7 @@ void list_unit(const ConvBlockParams& p, const GradWeightSizes& sizes, const Poo
 // run to run.
 template <typename T, typename Packing>
 bool grad_weight_with(const ConvBlockParams& p, const Packing& packing, const T* input, const T* grad_y,
-                      const void* code, T* grad_weight, T* grad_bias, float* scratch) {
+                      const uint8_t* code, T* grad_weight, T* grad_bias, float* scratch) {
   const GradWeightSizes& sizes = packing.sizes;
   const PooledGradient<T> gradient(p, grad_y, code);
   const int64_t slots = at::get_num_threads();

@@ -130,7 +130,7 @@ int64_t grad_weight_scratch(const ConvBlockParams& p, bool patches, int64_t thre
 }
 
 bool grad_weight(const ConvBlockParams& p, bool patches, Dtype dtype, const void* input, const void* grad_y,
-                 const void* code, void* grad_weight, void* grad_bias, float* scratch) {
+                 const uint8_t* code, void* grad_weight, void* grad_bias, float* scratch) {
   return dispatch_block(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     const auto with = [&](const auto& packing) {

@@ -32,23 +32,29 @@ struct CpuKernels {
                   const void* bias, void* y, uint8_t* code, float* scratch);
   int64_t (*forward_scratch)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
 
-  // The gradients from a pooled gradient: only the positions that pass gradient are visited. code is the
-  // uint8 code of max pooling, or y without pooling. False, and the result unusable, where the input (for
+  // The gradients from a pooled gradient: only the positions that pass gradient are visited. grad_y is
+  // channels_last; with max pooling code is its uint8 code, channels_last too, without pooling what is zero
+  // in grad_y passes nothing and code is null. False, and the result unusable, where the input (for
   // grad_weight) or the weight (for grad_input) holds an infinity or a NaN: those meet the zeros that are
   // skipped here, and PyTorch's product of the two is NaN.
 
-  // grad_weight like weight, grad_bias [K]; grad_y and code channels_last. With `patches` the way for few
-  // input channels is taken.
+  // grad_weight like weight, grad_bias [K]. With `patches` the way for few input channels is taken.
   bool (*grad_weight)(const ConvBlockParams& p, bool patches, Dtype dtype, const void* input,
-                      const void* grad_y, const void* code, void* grad_weight, void* grad_bias,
+                      const void* grad_y, const uint8_t* code, void* grad_weight, void* grad_bias,
                       float* scratch);
   int64_t (*grad_weight_scratch)(const ConvBlockParams& p, bool patches, int64_t threads);
   int64_t most_patch_taps;  // kh * kw * C / groups that `patches` accepts
 
-  // grad_input in the layout of the pool; grad_y and code channels_last.
+  // grad_input in the layout of the pool.
   bool (*grad_input)(const ConvBlockParams& p, Dtype dtype, const void* weight, const void* grad_y,
-                     const void* code, void* grad_input, float* scratch);
+                     const uint8_t* code, void* grad_input, float* scratch);
   int64_t (*grad_input_scratch)(const ConvBlockParams& p, int64_t threads);
+
+  // to [N, pixels, C] = from, or 0 where y <= 0; `from` and y are channels_last or contiguous, y may be null.
+  void (*to_channels_last)(int64_t batch, int64_t channels, int64_t pixels, Dtype dtype, bool from_last,
+                           const void* from, bool y_last, const void* y, void* to);
+  void (*codes_to_channels_last)(int64_t batch, int64_t channels, int64_t pixels, const uint8_t* from,
+                                 uint8_t* to);
 
   int64_t lanes;  // floats in a register
 

@@ -1,5 +1,5 @@
-// The positions that pass gradient: with pooling at most one of each window, with ReLU alone those that are
-// positive. The backward kernels multiply these only, where the dense gradient is mostly zeros.
+// The positions that pass gradient: with max pooling at most one of each window, without pooling those whose
+// gradient is not zero. The backward kernels multiply these only; a dense gradient is mostly zeros.
 #pragma once
 
 namespace dlfast::DLFAST_LEVEL {
@@ -24,11 +24,11 @@ struct Region {
   }
 };
 
-// The pooled gradient of a block and its code, both channels_last: [N, PH, PW, K].
+// The pooled gradient of a block, and the code of max pooling, both channels_last: [N, PH, PW, K].
 template <typename T>
 class PooledGradient {
  public:
-  PooledGradient(const ConvBlockParams& p, const T* grad, const void* code)
+  PooledGradient(const ConvBlockParams& p, const T* grad, const uint8_t* code)
       : pool_(p.pool), grad_(grad), code_(code) {
     for (int32_t i = 0; i < 256; ++i) {
       is_position_[i] = i < pool_.window_positions() && i != kNoWinner<uint8_t>;
@@ -53,10 +53,10 @@ class PooledGradient {
             ((image * pool_.output_size[0] + py) * pool_.output_size[1] + px) * pool_.channels;
         const T* grads = grad_ + pixel;
         if (pool_.pool != Pool::max) {
-          visit_unpooled(grads, pixel, first, last, region.holds(py, px), region.at(py, px), put);
+          visit_unpooled(grads, first, last, region.holds(py, px), region.at(py, px), put);
           continue;
         }
-        const uint8_t* codes = static_cast<const uint8_t*>(code_) + pixel;
+        const uint8_t* codes = code_ + pixel;
         const int64_t top = py * pool_.window.stride[0] - pool_.window.padding[0];
         const int64_t left = px * pool_.window.stride[1] - pool_.window.padding[1];
         const bool inside = region.holds(top, left) &&
@@ -80,20 +80,18 @@ class PooledGradient {
 
  private:
   template <typename Put>
-  DLFAST_INLINE void visit_unpooled(const T* grads, int64_t pixel, int64_t first, int64_t last, bool inside,
-                                    int64_t at, const Put& put) const {
+  DLFAST_INLINE void visit_unpooled(const T* grads, int64_t first, int64_t last, bool inside, int64_t at,
+                                    const Put& put) const {
     if (!inside) return;
-    const bool rectified = pool_.activation == Activation::relu;
-    const T* outputs = rectified ? static_cast<const T*>(code_) + pixel : grads;
     for (int64_t k = first; k < last; ++k) {
-      const bool passes = !rectified || !(static_cast<float>(outputs[k]) <= 0.0f);
-      put(k - first, at, static_cast<float>(grads[k]), passes);
+      const float grad = static_cast<float>(grads[k]);
+      put(k - first, at, grad, grad != 0.0f);
     }
   }
 
   const ReluPoolParams& pool_;
   const T* grad_;
-  const void* code_;  // uint8 of max pooling, or the output (T) of ReLU alone, or null
+  const uint8_t* code_;  // of max pooling
   bool is_position_[256];
   int32_t row_[256], col_[256];
 };

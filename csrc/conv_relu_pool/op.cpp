@@ -279,9 +279,41 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
                      ceil_mode, save_code);
 }
 
+// What the sparse kernels read, see cpu_kernels.h; code is undefined without pooling.
+struct SparseGradient {
+  Tensor grad, code;
+
+  const uint8_t* codes() const { return code.defined() ? code.const_data_ptr<uint8_t>() : nullptr; }
+};
+
+SparseGradient sparse_gradient(const ReluPoolParams& p, Dtype dtype, const Tensor& grad_output,
+                               const Tensor& code) {
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t pixels = p.output_size[0] * p.output_size[1];
+  const bool masked = p.pool == Pool::none && p.activation == Activation::relu;
+  SparseGradient result;
+  const bool from_last = grad_output.is_contiguous(kLast);
+  const Tensor from = from_last ? grad_output : grad_output.contiguous();
+  result.grad = from;
+  if (masked || !from_last) {
+    result.grad = at::empty(from.sizes(), from.options().memory_format(kLast));
+    kernels.to_channels_last(p.batch, p.channels, pixels, dtype, from_last, from.const_data_ptr(),
+                             p.channels_last, masked ? code.const_data_ptr() : nullptr,
+                             result.grad.data_ptr());
+  }
+  if (p.pool == Pool::max && p.channels_last) result.code = code;
+  if (p.pool == Pool::max && !p.channels_last) {
+    result.code = at::empty(code.sizes(), code.options().memory_format(kLast));
+    kernels.codes_to_channels_last(p.batch, p.channels, pixels, code.const_data_ptr<uint8_t>(),
+                                   result.code.data_ptr<uint8_t>());
+  }
+  return result;
+}
+
 // grad_weight and grad_bias by our kernels; false where they are to be had in the dense way only.
-bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const Tensor& grad_output,
-                     const Tensor& input, const Tensor& code, Tensor& grad_weight, Tensor& grad_bias) {
+bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const SparseGradient& gradient,
+                     const Tensor& input, Tensor& grad_weight, Tensor& grad_bias) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
   const bool patches = path == Path::patches;
@@ -292,17 +324,15 @@ bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const Tensor& gr
                  padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
                      p.conv.output_size[1] * per_position,
                  threads);
-  const Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
-  const Tensor own_code = code.dim() == 4 ? code.contiguous(at::MemoryFormat::ChannelsLast) : code;
   const Tensor scratch =
       at::empty({kernels.grad_weight_scratch(p, patches, threads)}, input.options().dtype(at::kFloat));
-  return kernels.grad_weight(p, patches, dtype, input.const_data_ptr(), grad.const_data_ptr(),
-                             code_pointer(own_code), grad_weight.data_ptr(), grad_bias.data_ptr(),
+  return kernels.grad_weight(p, patches, dtype, input.const_data_ptr(), gradient.grad.const_data_ptr(),
+                             gradient.codes(), grad_weight.data_ptr(), grad_bias.data_ptr(),
                              scratch.data_ptr<float>());
 }
 
-bool own_grad_input(ConvBlockParams p, Dtype dtype, const Tensor& grad_output, const Tensor& weight,
-                    const Tensor& code, Tensor& grad_input) {
+bool own_grad_input(ConvBlockParams p, Dtype dtype, const SparseGradient& gradient, const Tensor& weight,
+                    Tensor& grad_input) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
   p.grain =
@@ -310,20 +340,19 @@ bool own_grad_input(ConvBlockParams p, Dtype dtype, const Tensor& grad_output, c
                  padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
                      static_cast<double>(p.conv.output_size[1] * p.conv.group_out()),
                  threads);
-  const Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
-  const Tensor own_code = code.dim() == 4 ? code.contiguous(at::MemoryFormat::ChannelsLast) : code;
+  const Tensor w = weight.contiguous();
   const Tensor scratch =
       at::empty({kernels.grad_input_scratch(p, threads)}, weight.options().dtype(at::kFloat));
-  return kernels.grad_input(p, dtype, w.const_data_ptr(), grad.const_data_ptr(), code_pointer(own_code),
+  return kernels.grad_input(p, dtype, w.const_data_ptr(), gradient.grad.const_data_ptr(), gradient.codes(),
                             grad_input.data_ptr(), scratch.data_ptr<float>());
 }
 
 // grad_input where nothing was pooled: the convolution of the gradient with the kernel turned around.
-bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const Tensor& grad_output,
-                         const Tensor& weight, const Tensor& code, Tensor& grad_input) {
+bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGradient& gradient,
+                         const Tensor& weight, Tensor& grad_input) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  const Tensor grad_z = expand_gradient(p.pool, dtype, grad_output, code);
+  const Tensor& grad_z = gradient.grad;
   const int64_t groups = p.conv.groups;
   const Tensor turned = weight.contiguous()
                             .view({groups, p.conv.group_out(), p.conv.group_in(), 3, 3})
@@ -369,21 +398,24 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
   auto [needs_input, needs_weight, needs_bias] = output_mask;
   const PlanContext context = context_of(input, dtype, true);
   const Path weight_path = needs_weight ? plan_grad_weight(p, context).path() : Path::pytorch;
+  const Path input_path = needs_input ? plan_grad_input(p, context).path() : Path::pytorch;
+  SparseGradient gradient;
+  if (weight_path != Path::pytorch || input_path != Path::pytorch) {
+    gradient = sparse_gradient(p.pool, dtype, grad_output, checked);
+  }
   if (weight_path != Path::pytorch) {
     Tensor own_weight = at::empty(weight.sizes(), weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, weight.options());
-    if (own_grad_weight(p, dtype, weight_path, grad_output, input, checked, own_weight, own_bias)) {
+    if (own_grad_weight(p, dtype, weight_path, gradient, input, own_weight, own_bias)) {
       grad_weight = own_weight;
       if (needs_bias) grad_bias = own_bias;
       needs_weight = needs_bias = false;
     }
   }
-  const Path input_path = needs_input ? plan_grad_input(p, context).path() : Path::pytorch;
   if (input_path != Path::pytorch) {
     Tensor own_input = at::empty(input.sizes(), input.options().memory_format(format_of(p.pool)));
-    const bool done = input_path == Path::sparse
-                          ? own_grad_input(p, dtype, grad_output, weight, checked, own_input)
-                          : winograd_grad_input(p, dtype, grad_output, weight, checked, own_input);
+    const bool done = input_path == Path::sparse ? own_grad_input(p, dtype, gradient, weight, own_input)
+                                                 : winograd_grad_input(p, dtype, gradient, weight, own_input);
     if (done) {
       grad_input = own_input;
       needs_input = false;

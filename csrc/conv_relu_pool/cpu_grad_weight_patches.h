@@ -5,7 +5,7 @@
 namespace dlfast::DLFAST_LEVEL {
 
 constexpr int kTapVectors = kLanes == 16 ? 24 : 12;  // in registers at once
-constexpr int kMaxTaps = 256;                        // beyond, the patches outgrow the cache
+constexpr int kMaxTaps = 400;                        // beyond, the patches outgrow the cache
 
 // grad [TAPS registers] += sum over the list of gradient * patch.
 template <int TAPS>

@@ -87,6 +87,9 @@ inline const CpuKernels& cpu_kernels() {
 // anything below 2^31.
 constexpr double kMostScratchFloats = 4.0 * 1024 * 1024;
 
+// Winograd's tiles transformed at once, at least, where there are as many: the weights pass by once for all.
+constexpr int64_t kWinogradTiles = 48;
+
 // Positions of the padded input, along an axis, under `length` positions of the convolution output.
 inline double padded_length(const ConvParams& conv, int axis, double length) {
   return (length - 1.0) * conv.stride[axis] + (conv.kernel[axis] - 1.0) * conv.dilation[axis] + 1.0;
@@ -112,7 +115,8 @@ inline bool forward_fits(const ConvBlockParams& p, Dtype dtype, bool save_code) 
   constexpr double kOutputsPerPosition = 64;  // a block of channels, and the tile it is pooled into
   const ConvParams& c = p.conv;
   const bool winograd_fits = c.kernel[0] == 3 && c.kernel[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
-                             c.dilation[0] == 1 && c.dilation[1] == 1;
+                             c.dilation[0] == 1 && c.dilation[1] == 1 &&
+                             36.0 * kWinogradTiles * (c.group_in() + 64.0) <= kMostScratchFloats;
   return block_fits(p, dtype) && !mask_wanted && (p.winograd == 0 || winograd_fits) &&
          smallest_band_fits(
              p, p.winograd == 0 ? kOutputsPerPosition : 5.0 * c.in_channels + 2.0 * c.out_channels);

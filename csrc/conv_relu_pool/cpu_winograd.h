@@ -81,31 +81,40 @@ constexpr int kTileGroup = kLanes == 16 ? 12 : 6;  // tiles multiplied together,
 template <int M, typename T>
 void pack_winograd_weight(const ConvParams& conv, const T* weight, float* packed) {
   constexpr int kSide = Winograd<M>::kSide;
+  constexpr int64_t kChunk =
+      16;  // channels, so that what is written lies in runs and not in single registers
   const int64_t channels = conv.group_in(), outputs = conv.group_out();
-  const int64_t blocks = (outputs + kBlock - 1) / kBlock;
-  at::parallel_for(0, blocks * channels, 64, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = (outputs + kBlock - 1) / kBlock, chunks = (channels + kChunk - 1) / kChunk;
+  at::parallel_for(0, blocks * chunks, 4, [&](int64_t begin, int64_t end) {
+    float done[kSide * kSide][kChunk][kBlock];
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i / channels, c = i % channels;
+      const int64_t block = i / chunks, first = i % chunks * kChunk;
       const int64_t lanes = std::min<int64_t>(kBlock, outputs - block * kBlock);
-      float rows[9][kBlock] = {};
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const T* from = weight + ((block * kBlock + lane) * channels + c) * 9;
-        for (int t = 0; t < 9; ++t) rows[t][lane] = static_cast<float>(from[t]);
+      const int64_t count = std::min(kChunk, channels - first);
+      for (int64_t c = 0; c < count; ++c) {
+        float rows[9][kBlock] = {};
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          const T* from = weight + ((block * kBlock + lane) * channels + first + c) * 9;
+          for (int t = 0; t < 9; ++t) rows[t][lane] = static_cast<float>(from[t]);
+        }
+        for (int v = 0; v < kBlock; v += kLanes) {
+          F half[kSide][3];  // the columns transformed
+          for (int x = 0; x < 3; ++x) {
+            const F column[3] = {load<F>(rows[x] + v), load<F>(rows[3 + x] + v), load<F>(rows[6 + x] + v)};
+            F t[kSide];
+            Winograd<M>::weight(column, t);
+            for (int y = 0; y < kSide; ++y) half[y][x] = t[y];
+          }
+          for (int y = 0; y < kSide; ++y) {
+            F t[kSide];
+            Winograd<M>::weight(half[y], t);
+            for (int x = 0; x < kSide; ++x) store(done[y * kSide + x][c] + v, t[x]);
+          }
+        }
       }
-      float* to = packed + (block * kSide * kSide * channels + c) * kBlock;
-      for (int v = 0; v < kBlock; v += kLanes) {
-        F half[kSide][3];  // the columns transformed
-        for (int x = 0; x < 3; ++x) {
-          const F column[3] = {load<F>(rows[x] + v), load<F>(rows[3 + x] + v), load<F>(rows[6 + x] + v)};
-          F t[kSide];
-          Winograd<M>::weight(column, t);
-          for (int y = 0; y < kSide; ++y) half[y][x] = t[y];
-        }
-        for (int y = 0; y < kSide; ++y) {
-          F t[kSide];
-          Winograd<M>::weight(half[y], t);
-          for (int x = 0; x < kSide; ++x) store(to + (y * kSide + x) * channels * kBlock + v, t[x]);
-        }
+      for (int at = 0; at < kSide * kSide; ++at) {
+        std::memcpy(packed + ((block * kSide * kSide + at) * channels + first) * kBlock, done[at],
+                    count * kBlock * sizeof(float));
       }
     }
   });
@@ -120,7 +129,7 @@ struct WinogradScratch {
     const int64_t side = p.tile() + 2, channels = p.conv.group_in();
     const int64_t in_band = bands.conv_rows * bands.conv_cols / (p.tile() * p.tile());
     const int64_t in_cache = kTransformedFloats / (side * side * channels);
-    tiles = std::min(in_band, round_up(std::max<int64_t>(in_cache, 1), kTileGroup));
+    tiles = std::min(in_band, round_up(std::max<int64_t>(in_cache, kWinogradTiles), kTileGroup));
     transformed = side * side * tiles * channels;
     products = side * side * tiles * kBlock;
   }

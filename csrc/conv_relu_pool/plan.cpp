@@ -92,6 +92,11 @@ double pytorch_speed(const ConvBlockParams& p, Dtype dtype, double usual) {
   return dtype == Dtype::float64 ? few / 2 : few;
 }
 
+// Lists and packing per group: with few channels in each they cost more than they save.
+bool groups_are_worth_it(const Sizes& s) {
+  return s.groups == 1 || s.in >= s.lanes;
+}
+
 class Candidates {
  public:
   explicit Candidates(const PlanContext& context) : context_(context) {}
@@ -119,6 +124,15 @@ class Candidates {
   const PlanContext& context_;
   Choice choice_{};
 };
+
+// Transformed weights that outgrow the caches come from memory again for every image.
+constexpr double kCachedWeightBytes = 8e6;
+
+double winograd_weight_bytes(const Sizes& s, double batch, int64_t m) {
+  const double side = static_cast<double>(m) + 2;
+  const double bytes = s.groups * side * side * s.in * s.out * 4.0;
+  return bytes <= kCachedWeightBytes ? 0.0 : (batch + 2.0) * bytes;
+}
 
 // Winograd's cost for `batch` images of `rows` x `cols` outputs.
 double winograd_flops(const Sizes& s, double batch, double rows, double cols, double in, double out,
@@ -169,7 +183,7 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
              winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.output_size[0]),
                             static_cast<double>(p.conv.output_size[1]), s.in, s.out, m) +
                  kOwnCall * threads,
-             own_bytes);
+             own_bytes + winograd_weight_bytes(s, static_cast<double>(p.conv.batch), m));
   }
   if (forced != "") ways.force(Path::direct);
   if (forced == "winograd2") ways.force(Path::winograd2);
@@ -192,11 +206,12 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   const double live = relu_only ? kReluDensity * s.y : s.y;
   const double listing = kListFlops * s.y / level_speed() + kOwnCall * threads;
   const CpuKernels& kernels = cpu_kernels();
-  if (grad_weight_fits(p, false, context.dtype, kernels)) {
+  const bool worth_it = groups_are_worth_it(s) || forced != "";
+  if (worth_it && grad_weight_fits(p, false, context.dtype, kernels)) {
     const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
     ways.add(Path::sparse, products / (kSparseSpeed * level_speed()) + listing, own_bytes);
   }
-  if (grad_weight_fits(p, true, context.dtype, kernels)) {
+  if (worth_it && grad_weight_fits(p, true, context.dtype, kernels)) {
     const double patch = round_up(s.taps * s.in, s.lanes);
     const double gathered = s.z / s.out * patch * kGatherFlops;
     ways.add(Path::patches, (2.0 * live * patch / kSparseSpeed + gathered) / level_speed() + listing,
@@ -218,7 +233,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
                2 * kPyTorchCall * threads,
            own_bytes + 2 * s.z * s.element);
   if (!context.cpu || forced == "epilogue") return ways.choice();
-  if (grad_input_fits(p, context.dtype)) {
+  if ((groups_are_worth_it(s) || forced != "") && grad_input_fits(p, context.dtype)) {
     const double live = relu_only ? kReluDensity * s.y : s.y;
     const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
     ways.add(Path::sparse, (products / kSparseSpeed + kListFlops * s.y) / level_speed() + kOwnCall * threads,
@@ -230,7 +245,8 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
              winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.input_size[0]),
                             static_cast<double>(p.conv.input_size[1]), s.out, s.in, 4) +
                  2 * kOwnCall * threads,
-             own_bytes + (relu_only ? 2 * s.z * s.element : 0.0));
+             own_bytes + (relu_only ? 2 * s.z * s.element : 0.0) +
+                 winograd_weight_bytes(s, static_cast<double>(p.conv.batch), 4));
   }
   if (forced != "")
     ways.force(forced == "winograd4" && ways.has(Path::winograd4) ? Path::winograd4 : Path::sparse);

@@ -65,15 +65,15 @@ def test_switched_off_by_the_environment_works_without_a_warning():
 
 @needs_native
 @pytest.mark.slow
-@pytest.mark.parametrize("level", LEVELS[:-1])
-def test_lower_simd_levels(level):
-    """The same binary at the levels below this machine's own, on a part of the grid."""
-    if LEVELS.index(level) >= LEVELS.index(_native.native.module.simd_level()):
-        pytest.skip(f"{level} is not below this machine's own level")
+@pytest.mark.parametrize(("level", "threads"), [("default", 7), ("avx2", 1), ("avx2", 7), ("avx512", 1), ("avx512", 7)])
+def test_the_grid_at_every_simd_level_and_thread_count(level, threads):
+    """The same binary, at this machine's own level and those below it."""
+    if LEVELS.index(level) > LEVELS.index(_native.native.module.simd_level()):
+        pytest.skip(f"{level} is above this machine's own level")
     tests = Path(__file__).with_name("test_conv_relu_pool.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    command += ["-k", "layouts or accuracy or without_bias or infinity"]
-    environment = {**os.environ, "DLFAST_CPU_CAPABILITY": level}
+    command += ["-k", "not gradcheck and not any_shape"]
+    environment = {**os.environ, "DLFAST_CPU_CAPABILITY": level, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

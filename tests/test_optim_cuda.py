@@ -119,7 +119,7 @@ def test_skipped_step_changes_nothing(name, skipped):
         after = opt.state_dict()["state"]
         for i, entry in before[1]["state"].items():
             assert all(torch.equal(after[i][key], value) for key, value in entry.items())
-        if step == 0:  # as good as no state
+        if step == 0 and name != "Adagrad":  # as good as no state; torch makes Adagrad's at construction
             assert name != "SGD" or not after
             assert all(not value.any() for entry in after.values() for value in entry.values())
     assert_same(gpu, clean, tolerance(torch.float32, 5))

@@ -290,10 +290,33 @@ void for_units(const CpuStep& step, Position from, Position to, F&& f) {
   }
 }
 
+// The same from the end: after a pass forwards, what it has read last is still in the cache.
+template <typename F>
+void for_units_backwards(const CpuStep& step, Position from, Position to, F&& f) {
+  for (int64_t i = std::min(to.tensor, static_cast<int64_t>(step.tensors.size()) - 1); i >= from.tensor;
+       --i) {
+    const int64_t end = i == to.tensor ? to.element : step.tensors[i].numel;
+    const int64_t begin = i == from.tensor ? from.element : 0;
+    for (int64_t at = begin + (end - begin - 1) / kUnit * kUnit; at >= begin && at < end; at -= kUnit) {
+      f(i, at, std::min(at + kUnit, end));
+    }
+  }
+}
+
 int team_size(const std::vector<int64_t>& numels, int threads) {
   int64_t elements = 0;
   for (const int64_t n : numels) elements += n;
   return static_cast<int>(std::clamp<int64_t>(elements / kThreadShare, 1, std::max(threads, 1)));
+}
+
+// The quotient of the norms that a rule has measured over the units of a tensor: of param and direction.
+double trust_of(const TensorRef& t, const std::vector<double>& measured) {
+  double of_param = 0, of_direction = 0;
+  for (int64_t u = t.first_unit; u < t.first_unit + units_of(t.numel, kUnit); ++u) {
+    of_param += measured[2 * static_cast<size_t>(u)];
+    of_direction += measured[2 * static_cast<size_t>(u) + 1];
+  }
+  return of_param > 0 && of_direction > 0 ? std::sqrt(of_param / of_direction) : 1;
 }
 
 double sum(const std::vector<double>& parts) {
@@ -407,19 +430,19 @@ CpuResult step_cpu(CpuStep& step, int threads) {
     }
     int64_t last_tensor = -1;
     double trust = 1;
-    for_units(step, from, to, [&](int64_t i, int64_t first, int64_t last) {
+    const auto update = [&](int64_t i, int64_t first, int64_t last) {
       const TensorRef& t = step.tensors[i];
       if (traversal.measures() && i != last_tensor) {
-        double of_param = 0, of_direction = 0;
-        for (int64_t u = t.first_unit; u < t.first_unit + units_of(t.numel, kUnit); ++u) {
-          of_param += measured[2 * static_cast<size_t>(u)];
-          of_direction += measured[2 * static_cast<size_t>(u) + 1];
-        }
-        trust = of_param > 0 && of_direction > 0 ? std::sqrt(of_param / of_direction) : 1;
+        trust = trust_of(t, measured);
         last_tensor = i;
       }
       traversal.update(t, first, last, constants_of(i, trust), room);
-    });
+    };
+    if (options.measure_norm || traversal.measures()) {
+      for_units_backwards(step, from, to, update);
+    } else {
+      for_units(step, from, to, update);
+    }
   });
   if (!result.skipped) {
     for (const TensorRef& t : step.tensors) advance(t);

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from dlfast.bench import problems, protocol, report
+from dlfast.bench import optim, problems, protocol, report
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
 from dlfast.models import NETWORKS
 
-TARGETS = [*NETWORKS, "layers", "optim"]
+TARGETS = [*NETWORKS, "layers", *optim.TARGETS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         rows += more_rows
         ratios += more_ratios
         notes += [f"{problem.name}: {note}" for note in problem.notes]
+        if problem.moved:
+            notes += protocol.bandwidths(problem, more_rows, optim.copy_bandwidth(device))
     facts["load average after"] = protocol.load_average()
     result = protocol.Report(facts, rows, ratios, notes)
     report.print_tables(result)
@@ -73,5 +75,4 @@ def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Proble
     yield from problems.networks([t for t in targets if t in NETWORKS], args.batch_size, compile, device)
     if "layers" in targets:
         yield from problems.blocks(compile, device)
-    if "optim" in targets:
-        yield from problems.optimizers(device)
+    yield from optim.problems(targets, device)

@@ -1,6 +1,10 @@
 """Number formats of the optimizers: random bits, stochastic rounding, masters in halves, int8 states."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +209,22 @@ def test_int8_states_train_to_the_same_accuracy(network, epochs):
     assert full.mean() > 0.85
     noise = ((full.var() + small.var()) / 5).sqrt()
     assert small.mean() > full.mean() - 3 * noise - 0.005
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
+def test_every_simd_level_gives_the_same_numbers(level):
+    """Formats, tails and algorithms at each level this CPU has, in a process of its own."""
+    selection = "every_size or formats_are_those or random_rounding or unbiased"
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_optim.py", "test_optim_options.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({selection}) and Adam", *tests],
+        env={**os.environ, "DLFAST_CPU_CAPABILITY": level},
+        capture_output=True,
+        text=True,
+    )
+    if "this CPU supports up to" in done.stdout + done.stderr:
+        pytest.skip(f"this CPU has no {level}")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout

@@ -474,6 +474,13 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_changes():
     assert torch.equal(good.detach(), torch.ones(3))
     with pytest.raises(ValueError, match="amsgrad"):
         dlfast.optim.Adam([good], amsgrad=True, state_dtype="int8")
+    opt = dlfast.optim.Adam([good], state_dtype="int8")
+    opt.step()
+    opt.param_groups[0]["amsgrad"] = True
+    before = good.detach().clone()
+    with pytest.raises(ValueError, match="amsgrad"):
+        opt.step()
+    assert torch.equal(good.detach(), before)
 
 
 @by_name

@@ -1,5 +1,7 @@
 """Updating parameters during backward."""
 
+import weakref
+
 import pytest
 import torch
 from optim_cases import NAMES, OPTIONS
@@ -38,20 +40,28 @@ def test_the_same_numbers_as_a_step_after_backward(name, fused):
     assert all(p.grad is not None for p in models[0].parameters())
 
 
-def test_at_most_one_layer_of_gradients_is_held():
-    """The most bytes of gradients that are alive at once, seen by a hook before each update."""
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+def test_at_most_one_layer_of_gradients_is_held(fused):
+    """The gradients that are alive at once, by anyone: seen by a hook before each update."""
     model = network()
-    opt = dlfast.optim.SGD(model.parameters(), lr=0.1)
-    held = []
+    opt = dlfast.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    gradients, held = [], []
+
+    def look(p):
+        gradients.append(weakref.ref(p.grad))
+        held.append(sum(g().numel() for g in gradients if g() is not None))
+
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(
-            lambda _: held.append(sum(q.grad.numel() for q in model.parameters() if q.grad is not None))
-        )
+        p.register_post_accumulate_grad_hook(look)
     with step_in_backward(opt):
-        model(torch.ones(2, 50)).sum().backward()
+        for _ in range(2):
+            model(torch.ones(2, 50)).sum().backward()
     assert max(held) <= 50 * 50 + 50
     model(torch.ones(2, 50)).sum().backward()
     assert max(held) == 6 * (50 * 50 + 50)
+    opt.step()
+    opt.zero_grad()
+    assert all(g() is None for g in gradients)
 
 
 def test_what_needs_all_gradients_is_refused_by_name():

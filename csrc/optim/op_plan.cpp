@@ -97,6 +97,20 @@ bool plain_strided(const at::Tensor& grad) {
   return grad.layout() == at::kStrided && !grad.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
+// Lets go of the gradients when a call ends: a plan must not hold them beyond their time.
+class GradientsHeld {
+ public:
+  explicit GradientsHeld(std::vector<Item>& items) : items_(items) {}
+  ~GradientsHeld() {
+    for (Item& item : items_) item.grad = at::Tensor();
+  }
+  GradientsHeld(const GradientsHeld&) = delete;
+  GradientsHeld& operator=(const GradientsHeld&) = delete;
+
+ private:
+  std::vector<Item>& items_;
+};
+
 void bump_version(const at::Tensor& t) {
   if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
@@ -179,6 +193,11 @@ void Plan::add(const py::tuple& item) {
 }
 
 bool Plan::holds(const py::dict& states, const py::object& grads) {
+  const GradientsHeld held(items_);
+  return take_gradients(states, grads);
+}
+
+bool Plan::take_gradients(const py::dict& states, const py::object& grads) {
   for (const auto& [list, members] : lists_) {
     if (PyList_GET_SIZE(list.ptr()) != static_cast<Py_ssize_t>(members.size())) return false;
     for (size_t i = 0; i < members.size(); ++i) {
@@ -268,7 +287,8 @@ CpuResult Plan::take(const StepOptions& options, std::vector<double> groups) {
 
 py::object Plan::run(const py::dict& states, const py::list& hyper, const StepOptions& options,
                      const py::object& grads) {
-  if (!holds(states, grads)) return py::none();
+  const GradientsHeld held(items_);
+  if (!take_gradients(states, grads)) return py::none();
   CpuResult result;
   std::vector<double> groups = numbers_of(hyper);
   {
@@ -292,7 +312,8 @@ py::object Plan::run(const py::dict& states, const py::list& hyper, const StepOp
 }
 
 py::object Plan::squares(const py::dict& states, const StepOptions& options, const py::object& grads) {
-  if (!holds(states, grads)) return py::none();
+  const GradientsHeld held(items_);
+  if (!take_gradients(states, grads)) return py::none();
   CpuStep step{.algorithm = algorithm_, .tensors = {}, .groups = {}, .options = options};
   Layouts layouts;
   for (const Item& item : items_) step.tensors.push_back(layouts.ref(item));
@@ -303,7 +324,8 @@ py::object Plan::squares(const py::dict& states, const StepOptions& options, con
 bool Plan::run_cuda(const py::dict& states, const py::list& hyper, const py::object& grads,
                     const py::object& grad_scale, const py::object& found_inf, const py::object& arrived,
                     const py::object& device_hyper) {
-  if (!holds(states, grads)) return false;
+  const GradientsHeld held(items_);
+  if (!take_gradients(states, grads)) return false;
   const at::Device device = items_.front().param.device();
   const auto pointer = [&](const char* name, const py::object& given, at::ScalarType dtype, int64_t numel) {
     const at::Tensor t = tensor_or_none(given);

@@ -61,6 +61,8 @@ class DLFAST_HIDDEN Plan {
   py::object squares(const py::dict& states, const StepOptions& options, const py::object& grads);
 
  private:
+  // holds(), and the gradients of this step.
+  bool take_gradients(const py::dict& states, const py::object& grads);
   void add(const py::tuple& item);
   at::TensorOptions norm_options() const;
   CpuResult take(const StepOptions& options, std::vector<double> groups);

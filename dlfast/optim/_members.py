@@ -41,7 +41,6 @@ class Member:
 
     key: Tensor  # the parameter as param_groups has it
     param: Tensor
-    grad: Tensor
     group: int  # index into param_groups
     number: int  # counts the parameters of all groups
     native: bool
@@ -49,6 +48,13 @@ class Member:
     names: tuple[str, ...]  # of the states, in the order of the native rule
     step: Tensor | None = None  # counts the steps taken
     watched: list[str] = field(default_factory=list)  # entries that a native plan relies on
+
+    @property
+    def grad(self) -> Tensor:
+        # Not kept: a prepared step must not hold gradients beyond their time.
+        grad = self.key.grad
+        assert grad is not None
+        return local_of(grad)
 
     def state(self, name: str) -> Tensor | None:
         value = self.entry.get(name)

@@ -46,9 +46,10 @@ class Bucket:
 
 
 class Prepared:
-    """How the step of one set of parameters is taken."""
+    """How the step of one set of parameters is taken, as long as the groups ask for the same states."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: list[Any]) -> None:
+        self.asked = asked
         self.buckets: list[Bucket] = []
         self.plain: list[Member] = []
 
@@ -104,6 +105,8 @@ class Preparing(Checkpoint):
 
     def _prepare(self, only: Tensor | None, new: list[tuple[Tensor, dict[str, Any]]]) -> Prepared:
         """Plans of all parameters with a gradient. States that are missing are made and listed in `new`."""
+        for index, group in enumerate(self.param_groups):
+            self._check_group(index, group)
         members, idle = self._gather(only)
         self._refuse(members)
         for m in members:
@@ -113,7 +116,7 @@ class Preparing(Checkpoint):
             self._check_states(m)
             if is_new and m.entry:
                 new.append((m.key, m.entry))
-        prepared = Prepared()
+        prepared = Prepared(self._asked())
         prepared.plain = [m for m in members if not m.native]
         buckets: dict[Any, list[Member]] = {}
         for m in members:
@@ -135,6 +138,16 @@ class Preparing(Checkpoint):
             plan = native.module.Plan(self._algorithm, items, lists, idle)
             prepared.buckets.append(Bucket(plan, bucket, device, mesh, dims))
         return prepared
+
+    def _asked(self) -> list[Any]:
+        """What of the groups' options decides how a step is prepared."""
+        return [(self._names(group), group.get("fused"), group.get("capturable")) for group in self.param_groups]
+
+    def _check_group(self, index: int, group: dict[str, Any]) -> None:
+        try:
+            self._check_options(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param_groups[{index}]: {error}") from None
 
     def _gather(self, only: Tensor | None) -> tuple[list[Member], list[Tensor]]:
         """Members without their states, and the parameters that have no gradient."""
@@ -160,7 +173,7 @@ class Preparing(Checkpoint):
                 distributed = is_dtensor(p)
                 if distributed:
                     self._check_distributed(p, grad, index, i)
-                local, local_grad = local_of(p), local_of(grad)
+                local = local_of(p)
                 is_native = (
                     wants_native
                     and local.device.type in devices
@@ -168,7 +181,7 @@ class Preparing(Checkpoint):
                     and (distributed or type(p) in PLAIN_TYPES)
                     and (distributed or type(grad) in PLAIN_TYPES)
                 )
-                members.append(Member(p, local, local_grad, index, number, is_native, {}, names))
+                members.append(Member(p, local, index, number, is_native, {}, names))
         return members, idle
 
     def _check_distributed(self, p: Tensor, grad: Tensor, group: int, i: int) -> None:

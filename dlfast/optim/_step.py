@@ -159,7 +159,7 @@ class FusedStep(Preparing):
         found_inf: Tensor | None = values.get("found_inf")
         prepared = self._prepared.get(only)
         bucket = None if prepared is None else prepared.alone()
-        if bucket is None or bucket.device.type != "cpu":
+        if prepared is None or bucket is None or bucket.device.type != "cpu" or prepared.asked != self._asked():
             self._step_slowly(only, scale, found_inf)
             return
         hyper = self._hyper()
@@ -216,7 +216,11 @@ class FusedStep(Preparing):
         prepared = self._prepared.pop(only, None)
         new: list[tuple[Tensor, dict[str, Any]]] = []
         # All are asked before any is run: nothing is half done.
-        if prepared is None or not all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets):
+        if (
+            prepared is None
+            or prepared.asked != self._asked()
+            or not all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets)
+        ):
             prepared = self._prepare(only, new)
             self.state.update(new)
         skipped = True
@@ -362,12 +366,6 @@ class FusedStep(Preparing):
     def _checked_numbers(self, index: int, group: dict[str, Any], numbers: tuple[Any, ...]) -> tuple[float, ...]:
         self._check_group(index, group)
         return tuple(float(value) for value in numbers)
-
-    def _check_group(self, index: int, group: dict[str, Any]) -> None:
-        try:
-            self._check_options(group)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"param_groups[{index}]: {error}") from None
 
 
 def _on_device(rows: list[tuple[Any, ...]], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 Environment variables read here (all optional):
   DLFAST_NATIVE=0|1     0 installs the pure PyTorch package and compiles nothing (default 1)
   DLFAST_CUDA=0|1       default: 1 if torch was built for CUDA and nvcc is found
+  DLFAST_SANITIZE=0|1   1 builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer (default 0)
   TORCH_CUDA_ARCH_LIST  GPU architectures, as for any torch extension
   MAX_JOBS              parallel compilations; default: one per core and per 3 GB of free memory
 """
@@ -95,10 +96,18 @@ def native_extension(cuda: bool):
     system = [arg for path in cpp_extension.include_paths() for arg in ("-isystem", path)]
     # at::parallel_for lives in a header: without OpenMP it compiles to a plain loop. The runtime is torch's own.
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform != "darwin" else []
-    compile_args = {"cxx": ["-O3", "-fno-math-errno", *openmp, *WARNINGS, *system]}
+    sanitize = (
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if flag("DLFAST_SANITIZE", False) else []
+    )
+    level = ["-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+    compile_args = {"cxx": [*level, "-fno-math-errno", *sanitize, *openmp, *WARNINGS, *system]}
     if not cuda:
         return cpp_extension.CppExtension(
-            "dlfast._C", sources(".cpp"), include_dirs=[str(ROOT / "csrc")], extra_compile_args=compile_args
+            "dlfast._C",
+            sources(".cpp"),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=compile_args,
+            extra_link_args=sanitize,
         )
     compile_args["cxx"].append("-DDLFAST_WITH_CUDA")
     compile_args["nvcc"] = ["-O3", "-lineinfo", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]

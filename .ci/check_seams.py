@@ -32,7 +32,7 @@ RULES = [
     (r".*/launch\.h", [COMMON, OWN, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
     (
-        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan|relu_pool)\.(h|cpp))",
+        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan|speed|relu_pool)\.(h|cpp))",
         [r"<[\w/.]+>", r'"(?!.*kernel_)[\w/.]+"'],
     ),
 ]

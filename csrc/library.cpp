@@ -4,6 +4,8 @@
 #include <torch/library.h>
 
 #include "common/simd.h"
+#include "conv_relu_pool/op.h"
+#include "conv_relu_pool/speed.h"
 #include "optim/op_plan.h"
 
 TORCH_LIBRARY(dlfast, m) {
@@ -44,10 +46,45 @@ TORCH_LIBRARY(dlfast, m) {
       "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode) -> Tensor");
 }
 
+namespace {
+
+using PlanRow = std::tuple<std::string, std::string, double, double, bool>;
+using Pair = std::vector<int64_t>;
+
+std::vector<PlanRow> plan_block(const at::Tensor& input, const at::Tensor& weight, const Pair& stride,
+                                const Pair& padding, const Pair& dilation, int64_t groups,
+                                std::optional<std::string> activation, std::optional<std::string> pool,
+                                const Pair& pool_size, const Pair& pool_stride, const Pair& pool_padding,
+                                bool ceil_mode, bool save_code) {
+  const dlfast::BlockPlan plan =
+      dlfast::plan_block(input, weight, {stride, padding, dilation, groups},
+                         {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode}, save_code);
+  std::vector<PlanRow> rows = {{"convolution", "", plan.flops, 0.0, false}};
+  const auto add = [&](const char* part, const dlfast::Choice& choice) {
+    for (int i = 0; i < choice.count; ++i) {
+      const dlfast::Candidate& c = choice.candidates[i];
+      rows.emplace_back(part, dlfast::path_name(c.path), c.flops, c.bytes, i == choice.best);
+    }
+  };
+  add("forward", plan.forward);
+  add("grad_input", plan.grad_input);
+  add("grad_weight", plan.grad_weight);
+  return rows;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled operators of dlfast; call them through torch.ops.dlfast";
   m.def(
       "simd_level", [] { return std::string(dlfast::simd_name(dlfast::simd_level())); },
       "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
+  m.def("plan_block", plan_block,
+        "Candidates of each part of a block as (part, name, flops, bytes, chosen); the first row is the "
+        "convolution as such");
+  m.def("peak_flops", dlfast::peak_flops, py::call_guard<py::gil_scoped_release>(),
+        "Multiplications and additions of float32 per second that the threads of ATen reach");
+  m.def("peak_bandwidth", dlfast::peak_bandwidth, py::call_guard<py::gil_scoped_release>(),
+        "Bytes per second that the threads of ATen read and write when copying memory");
   dlfast::optim::bind_plan(m);
 }

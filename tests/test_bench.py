@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
+import dlfast
 from dlfast import cli
-from dlfast.bench import problems, protocol
+from dlfast.bench import accuracy, layers, problems, protocol
 from dlfast.measure import peak_bytes
 
 
@@ -69,18 +69,45 @@ def test_a_variant_that_cannot_compile_is_noted_and_others_are_raised():
         raise RuntimeError("no compiler\nsecond line")
 
     problem = problems.Problem("p", [])
-    problems._add(problem, problems.Variant("PyTorch compile", False, {"step": fail}))
+    problems.add(problem, problems.Variant("PyTorch compile", False, {"step": fail}))
     assert problem.variants == []
     assert problem.notes == ["PyTorch compile does not run here: no compiler"]
     with pytest.raises(RuntimeError, match="no compiler"):
-        problems._add(problem, problems.Variant("PyTorch", False, {"step": fail}))
+        problems.add(problem, problems.Variant("PyTorch", False, {"step": fail}))
 
 
-def test_blocks_do_the_same_work():
-    block = problems.Block(2, 3, 4, 8)
-    conv, pool = nn.Conv2d(block.c, block.k, block.kernel, block.stride, block.padding), nn.MaxPool2d(2)
+def test_blocks_do_the_same_work_or_are_not_timed():
+    block = layers.Block("", "small", 2, 3, 4, 8)
+    conv, pool = block.modules()
     x = torch.randn(block.n, block.c, block.h, block.h)
-    import dlfast
+    ours, plain = dlfast.nn.ConvReLUPool2d.from_modules(conv, pool), layers.Plain(conv, pool)
+    layers.check_equal(ours, plain, x)
+    with pytest.raises(AssertionError):
+        layers.check_equal(ours, layers.Plain(conv, None), x)
 
-    ours = dlfast.nn.ConvReLUPool2d.from_modules(conv, pool)
-    torch.testing.assert_close(ours(x), problems._Plain(conv, pool)(x))
+
+@pytest.mark.slow
+def test_layers_under_the_roofline(tmp_path, monkeypatch, capsys):
+    blocks = [layers.Block(layers.FIRST, "one", 2, 3, 8, 16), layers.Block(layers.WIDE, "two", 2, 16, 16, 12)]
+    monkeypatch.setattr(layers, "BLOCKS", blocks)
+    assert cli.main(["bench", "layers", "--rounds", "3", "--no-compile", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "layers.json").read_text())
+    assert report["roofline"]["flops"] > 0
+    for point in report["points"]:
+        ratio = next(
+            r for r in report["ratios"] if (r["problem"], r["quantity"]) == (point["problem"], point["quantity"])
+        )
+        least = max(point["flops"] / report["roofline"]["flops"], point["bytes"] / report["roofline"]["bandwidth"])
+        assert ratio["of_roofline"] == pytest.approx(least / point["ours"])
+    forward = next(point for point in report["points"] if point["quantity"] == "forward")
+    assert forward["flops"] == 2 * 2 * 8 * 16 * 16 * 3 * 9
+    assert "first layers, forward: geometric mean" in capsys.readouterr().out
+
+
+def test_accuracy_is_within_what_is_promised(tmp_path):
+    """Direct sums and F(2x2) within 4 times PyTorch's own error, F(4x4) within 16 times."""
+    for error in accuracy.measure():
+        assert error.of_pytorch <= (16 if error.way == "winograd4" else 4)
+    assert cli.main(["bench", "accuracy", "--out", str(tmp_path)]) == 0
+    ways = {error["way"] for error in json.loads((tmp_path / "accuracy.json").read_text())["errors"]}
+    assert ways == {"PyTorch", *accuracy.WAYS}

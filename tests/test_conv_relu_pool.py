@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cases
 import pytest
 import torch
@@ -15,9 +17,9 @@ from dlfast import reference
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["direct", "epilogue"])
+@pytest.fixture(params=["direct", "winograd2", "epilogue"])
 def plan(request, monkeypatch):
-    """Both ways of computing a block, whichever the planner would choose."""
+    """Every way of computing a block that is exact on whole numbers, whichever the planner would choose."""
     monkeypatch.setenv("DLFAST_PLAN", request.param)
     return request.param
 
@@ -53,8 +55,53 @@ def test_grid_float32(case, plan):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", cases.GRID[::5], ids=str)
-def test_grid_other_dtypes(case, dtype):
+def test_grid_other_dtypes(case, dtype, plan):
     assert_same_as_reference(case, cases.integers(case, dtype))
+
+
+def winograd_accepts(case: Case) -> bool:
+    return case.kernel == (3, 3) and not {"stride", "dilation"} & set(case.conv)
+
+
+WIDE = Case(c=24, k=40, h=15, w=18, conv={"padding": 1})
+WINOGRAD = [
+    case for case in [*cases.GRID, *(replace(WIDE, pool=pool) for pool in cases.POOLS)] if winograd_accepts(case)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WINOGRAD, ids=str)
+def test_winograd_in_tiles_of_four(case, dtype, monkeypatch):
+    """Its fractions round: within 16 times the bound of a direct sum, and gradients where winners are clear."""
+    monkeypatch.setenv("DLFAST_PLAN", "winograd4")
+    tensors = cases.normals(case, dtype)
+    output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    exact, exact_grads = cases.run(reference.conv_relu_pool2d, [t.double() for t in tensors], case.options)
+    assert layout_of(output) == layout_of(reference.conv_relu_pool2d(*tensors, **case.options))
+    assert ((output.double() - exact).abs() <= 16 * cases.forward_bound(case, tensors, dtype)).all()
+    if dtype != torch.float32:
+        return  # the reference rounds before it pools, so that winners differ
+    for grad, wanted in zip(grads, exact_grads, strict=True):
+        scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+        torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("plan", ["direct", "winograd2", "winograd4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_wide_layers_take_the_dense_way_for_what_is_not_finite(where, value, plan, monkeypatch):
+    """Winograd would spread an infinity over its tile, and the sparse sums would skip 0 * inf."""
+    case = replace(WIDE, conv={}, pool={"pool_size": 2})  # no padding, see test_nan_and_infinity
+    tensors = cases.normals(case, torch.float32)
+    tensors[0 if where == "input" else 1].view(-1)[1234] = value
+    monkeypatch.setenv("DLFAST_PLAN", "epilogue")
+    expected, expected_grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    monkeypatch.setenv("DLFAST_PLAN", plan)
+    output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert torch.equal(grad.isnan(), wanted.isnan())
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -183,20 +230,33 @@ def test_gradcheck(case):
     assert torch.autograd.gradgradcheck(block, tensors)
 
 
+@pytest.mark.parametrize("plan", ["direct", "winograd2", "winograd4", "epilogue"])
+@pytest.mark.parametrize("channels", [3, 24])
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_same_bits_from_run_to_run(threads, plan):
-    case = Case(n=7, c=3, k=40, h=32, w=30, conv={"padding": 1})
-    tensors = cases.normals(case, torch.float32)
+def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
+    """For a given number of threads; and the gradients are right for the winners that forward has chosen."""
+    monkeypatch.setenv("DLFAST_PLAN", plan)
+    case = Case(n=7, c=channels, k=40, h=32, w=30, conv={"padding": 1})
+    input, weight, bias = cases.normals(case, torch.float32)
+    geometry = [(1, 1), (1, 1), (1, 1), 1, "relu", "max", (2, 2), (2, 2), (0, 0), False]
+    grad = torch.randn(7, 40, 16, 15, generator=torch.Generator().manual_seed(1))
+
+    def both() -> list[torch.Tensor]:
+        output, code = torch.ops.dlfast._conv_relu_pool2d(input, weight, bias, *geometry, True)
+        grads = torch.ops.dlfast._conv_relu_pool2d_backward(grad, input, weight, code, *geometry, [True] * 3)
+        return [output, code, *grads]
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
-        second = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+        first, second = both(), both()
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
-    expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
-    torch.testing.assert_close(first[0], expected, rtol=1e-4, atol=1e-4)
-    for grad, wanted in zip(first[1], expected_grads, strict=True):
-        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact = [t.double() for t in (input, weight, bias)]
+    output = reference.conv_relu_pool2d(*exact, **case.options)
+    bound = cases.forward_bound(case, [input, weight, bias], torch.float32)
+    assert ((first[0].double() - output).abs() <= (16 if plan == "winograd4" else 1) * bound).all()
+    wanted = torch.ops.dlfast._conv_relu_pool2d_backward(grad.double(), *exact[:2], first[1], *geometry, [True] * 3)
+    for ours, dense in zip(first[2:], wanted, strict=True):
+        torch.testing.assert_close(ours.double(), dense, rtol=0, atol=1e-5 * dense.abs().max().item())

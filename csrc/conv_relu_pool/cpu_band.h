@@ -1,30 +1,36 @@
-// Bands: the unit of work of the direct kernels. A band is a few pooled rows of one image; the input rows
+// Bands: the unit of work of the forward kernels. A band is a few pooled rows of one image; the input rows
 // under it are copied once, zero-padded, into a thread's own [rows][columns][C] scratch, whatever the layout
-// of the input. Scratch per thread is bounded by the band, not by the image.
+// and the dtype of the input. Scratch per thread is bounded by the band, not by the image.
 #pragma once
 
 namespace dlfast::DLFAST_LEVEL {
 
 using F = Vec<float, kLanes>;
 
-struct Bands {
-  int64_t pooled_rows;  // in a band, the last one may have fewer
-  int64_t per_image;    // bands
-  int64_t conv_rows;    // convolution rows under a band, at most
-  int64_t conv_cols;    // convolution columns that some window covers
-  int64_t rows, cols;   // of the padded input under a band
-  int64_t row_stride;   // of the padded input, in floats
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
-  explicit Bands(const ConvBlockParams& p) {
+struct Bands {
+  int64_t pooled_rows;           // in a band, the last one may have fewer
+  int64_t per_image;             // bands
+  int64_t conv_rows, conv_cols;  // under a band, that some window covers; whole tiles
+  int64_t rows, cols;            // of the padded input under a band
+  int64_t row_stride;            // of the padded input, in floats
+  int64_t tile;                  // conv_rows and conv_cols are multiples of it
+
+  explicit Bands(const ConvBlockParams& p) : tile(p.tile()) {
     const ReluPoolParams& pool = p.pool;
     pooled_rows = std::max<int64_t>(1, std::min(p.grain, pool.output_size[0]));
     per_image = (pool.output_size[0] + pooled_rows - 1) / pooled_rows;
     conv_rows = std::min((pooled_rows - 1) * pool.window.stride[0] + pool.window.size[0], pool.input_size[0]);
     const int64_t reach = (pool.output_size[1] - 1) * pool.window.stride[1] + pool.window.size[1];
     conv_cols = std::min(reach - pool.window.padding[1], pool.input_size[1]);
+    conv_rows = round_up(conv_rows, tile);
+    conv_cols = round_up(conv_cols, tile);
     rows = (conv_rows - 1) * p.conv.stride[0] + (p.conv.kernel[0] - 1) * p.conv.dilation[0] + 1;
     cols = (conv_cols - 1) * p.conv.stride[1] + (p.conv.kernel[1] - 1) * p.conv.dilation[1] + 1;
-    row_stride = cols * p.conv.in_channels;
+    row_stride = cols * p.conv.group_in();
   }
   int64_t input_floats() const { return rows * row_stride; }
 };
@@ -33,21 +39,23 @@ struct Bands {
 struct Band {
   int64_t image;
   int64_t first_pooled, pooled_rows;
-  int64_t first_conv, conv_rows;  // clipped to the convolution output
+  int64_t first_conv, conv_rows;  // clipped to the convolution output, but for whole tiles
 
   Band(const ConvBlockParams& p, const Bands& bands, int64_t index) {
     image = index / bands.per_image;
     first_pooled = index % bands.per_image * bands.pooled_rows;
     pooled_rows = std::min(bands.pooled_rows, p.pool.output_size[0] - first_pooled);
     first_conv = window_span(p.pool, 0, first_pooled).begin;
-    conv_rows = window_span(p.pool, 0, first_pooled + pooled_rows - 1).end - first_conv;
+    conv_rows = round_up(window_span(p.pool, 0, first_pooled + pooled_rows - 1).end - first_conv, bands.tile);
   }
 };
 
-// Copies the input rows under `band` into packed [rows][cols][C], zeros where the convolution pads.
-inline void pack_input(const ConvBlockParams& p, const Bands& bands, const Band& band, const float* input,
-                       float* packed) {
-  const int64_t channels = p.conv.in_channels, height = p.conv.input_size[0], width = p.conv.input_size[1];
+// Copies the input rows under `band`, the channels of one group, into packed [rows][cols][C], zeros where the
+// convolution pads. `input` is the first channel of the group.
+template <typename T>
+void pack_input(const ConvBlockParams& p, const Bands& bands, const Band& band, const T* input,
+                float* packed) {
+  const int64_t channels = p.conv.group_in(), height = p.conv.input_size[0], width = p.conv.input_size[1];
   const auto [stride_n, stride_c, stride_h, stride_w] = p.input_strides;
   const int64_t rows =
       (band.conv_rows - 1) * p.conv.stride[0] + (p.conv.kernel[0] - 1) * p.conv.dilation[0] + 1;
@@ -62,16 +70,14 @@ inline void pack_input(const ConvBlockParams& p, const Bands& bands, const Band&
       continue;
     }
     std::memset(row, 0, left * channels * sizeof(float));
-    const float* from = input + band.image * stride_n + y * stride_h;
+    const T* from = input + band.image * stride_n + y * stride_h;
     float* to = row + left * channels;
     if (stride_c == 1 && stride_w == channels) {
-      std::memcpy(to, from, inside * channels * sizeof(float));
+      widen(from, inside * channels, to);
     } else if (channels == 1 && stride_w == 1) {
-      std::memcpy(to, from, inside * sizeof(float));
+      widen(from, inside, to);
     } else {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t x = 0; x < inside; ++x) to[x * channels + c] = from[c * stride_c + x * stride_w];
-      }
+      transpose_rows(from, stride_c, stride_w, channels, inside, to);
     }
     const int64_t right = bands.cols - left - inside;
     std::memset(to + inside * channels, 0, right * channels * sizeof(float));
@@ -85,13 +91,13 @@ struct Taps {
   int64_t row_step, col_step;  // between runs, in floats of the packed input
 
   Taps(const ConvBlockParams& p, const Bands& bands) {
-    const int64_t kw = p.conv.kernel[1], dilation = p.conv.dilation[1];
+    const int64_t kw = p.conv.kernel[1], dilation = p.conv.dilation[1], channels = p.conv.group_in();
     const bool together = dilation == 1 || kw == 1;
     rows = p.conv.kernel[0];
     per_row = together ? 1 : kw;
-    length = together ? kw * p.conv.in_channels : p.conv.in_channels;
+    length = together ? kw * channels : channels;
     row_step = p.conv.dilation[0] * bands.row_stride;
-    col_step = dilation * p.conv.in_channels;
+    col_step = dilation * channels;
   }
 };
 

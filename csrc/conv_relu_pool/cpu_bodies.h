@@ -2,12 +2,23 @@
 // DLFAST_LANES (floats in a register) defined.
 #include "common/vec.h"
 #include "conv_relu_pool/cpu_window.h"
-// In the order they build on each other.
+// clang-format off: in the order they build on each other.
+#include "conv_relu_pool/cpu_copy.h"
 #include "conv_relu_pool/cpu_band.h"
-#include "conv_relu_pool/cpu_direct_backward.h"
+#include "conv_relu_pool/cpu_channels_last.h"
+#include "conv_relu_pool/cpu_strip.h"
 #include "conv_relu_pool/cpu_direct_forward.h"
+#include "conv_relu_pool/cpu_winograd.h"
+#include "conv_relu_pool/cpu_forward.h"
+#include "conv_relu_pool/cpu_passing.h"
+#include "conv_relu_pool/cpu_grad_input.h"
+#include "conv_relu_pool/cpu_grad_weight.h"
+#include "conv_relu_pool/cpu_grad_weight_channels.h"
+#include "conv_relu_pool/cpu_grad_weight_patches.h"
 #include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
+#include "conv_relu_pool/cpu_peak.h"
+// clang-format on
 
 namespace dlfast {
 
@@ -20,11 +31,17 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .relu_pool = {.forward = level::relu_pool_forward,
                     .backward = level::relu_pool_backward,
                     .transpose = level::relu_pool_transpose},
-      .direct_forward = level::direct_forward,
-      .direct_forward_scratch = level::direct_forward_scratch,
-      .direct_grad_weight = level::direct_grad_weight,
-      .direct_grad_weight_scratch = level::direct_grad_weight_scratch,
-      .grad_weight_max_taps = level::kMaxTaps,
+      .forward = level::forward,
+      .forward_scratch = level::forward_scratch,
+      .grad_weight = level::grad_weight,
+      .grad_weight_scratch = level::grad_weight_scratch,
+      .most_patch_taps = level::kMaxTaps,
+      .grad_input = level::grad_input,
+      .grad_input_scratch = level::grad_input_scratch,
+      .to_channels_last = level::to_channels_last,
+      .codes_to_channels_last = level::codes_to_channels_last,
+      .lanes = level::kLanes,
+      .multiply_adds = level::multiply_adds,
   };
   return table;
 }

@@ -1,8 +1,7 @@
 // What the CPU offers to op.cpp: one table of kernels per SIMD level, chosen once.
 //
-// The direct kernels compute a convolution block without ever holding the convolution output: each thread
-// works on a band of pooled rows of one image. They take float32 and groups == 1; see `direct_forward_fits`
-// and `direct_grad_weight_fits`.
+// The kernels of convolution blocks compute without ever holding the convolution output or its gradient. They
+// take float32, bfloat16 and float16, which they widen while packing, in any layout of the input.
 #pragma once
 
 #include <algorithm>
@@ -17,26 +16,50 @@ struct ConvBlockParams {
   ConvParams conv;
   ReluPoolParams pool;       // pool.input_size == conv.output_size
   int64_t input_strides[4];  // of the input [N, C, H, W], in elements; any layout
-  int64_t grain;             // pooled rows a band has at most
+  int64_t grain;             // pooled rows a unit of work has at most
+  int64_t winograd;          // side of the output tiles, 0 for the direct convolution
+
+  int64_t tile() const { return winograd == 0 ? 1 : winograd; }
 };
 
 struct CpuKernels {
   ReluPoolBackend relu_pool;
 
-  // weight [K, C, kh, kw] contiguous, bias [K] or null, y and code as in relu_pool.h (code may be null).
-  // scratch holds direct_forward_scratch(p, threads) floats.
-  void (*direct_forward)(const ConvBlockParams& p, const float* input, const float* weight, const float* bias,
-                         float* y, uint8_t* code, float* scratch);
-  int64_t (*direct_forward_scratch)(const ConvBlockParams& p, int64_t threads);
+  // weight [K, C / groups, kh, kw] contiguous, bias [K] or null, y and code as in relu_pool.h (code may be
+  // null). scratch holds forward_scratch(p, dtype, threads) floats. False, and the result unusable, where
+  // Winograd's sums are not finite, be it that the true ones are or not; never false for the direct way.
+  bool (*forward)(const ConvBlockParams& p, Dtype dtype, const void* input, const void* weight,
+                  const void* bias, void* y, uint8_t* code, float* scratch);
+  int64_t (*forward_scratch)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
 
-  // grad_weight [K, C, kh, kw] contiguous and grad_bias [K] from a contiguous pooled gradient: only
-  // the positions that pass gradient are visited. code is the uint8 code of max pooling, or y (float)
-  // without pooling. False, and the result unusable, where the input holds an infinity or a NaN: those meet
-  // the zeros that are skipped here, and PyTorch's product of the two is NaN.
-  bool (*direct_grad_weight)(const ConvBlockParams& p, const float* input, const float* grad_y,
-                             const void* code, float* grad_weight, float* grad_bias, float* scratch);
-  int64_t (*direct_grad_weight_scratch)(const ConvBlockParams& p, int64_t threads);
-  int64_t grad_weight_max_taps;  // kh * kw * C the kernel above accepts
+  // The gradients from a pooled gradient: only the positions that pass gradient are visited. grad_y is
+  // channels_last; with max pooling code is its uint8 code, channels_last too, without pooling what is zero
+  // in grad_y passes nothing and code is null. False, and the result unusable, where the input (for
+  // grad_weight) or the weight (for grad_input) holds an infinity or a NaN: those meet the zeros that are
+  // skipped here, and PyTorch's product of the two is NaN.
+
+  // grad_weight like weight, grad_bias [K]. With `patches` the way for few input channels is taken.
+  bool (*grad_weight)(const ConvBlockParams& p, bool patches, Dtype dtype, const void* input,
+                      const void* grad_y, const uint8_t* code, void* grad_weight, void* grad_bias,
+                      float* scratch);
+  int64_t (*grad_weight_scratch)(const ConvBlockParams& p, bool patches, int64_t threads);
+  int64_t most_patch_taps;  // kh * kw * C / groups that `patches` accepts
+
+  // grad_input in the layout of the pool.
+  bool (*grad_input)(const ConvBlockParams& p, Dtype dtype, const void* weight, const void* grad_y,
+                     const uint8_t* code, void* grad_input, float* scratch);
+  int64_t (*grad_input_scratch)(const ConvBlockParams& p, int64_t threads);
+
+  // to [N, pixels, C] = from, or 0 where y <= 0; `from` and y are channels_last or contiguous, y may be null.
+  void (*to_channels_last)(int64_t batch, int64_t channels, int64_t pixels, Dtype dtype, bool from_last,
+                           const void* from, bool y_last, const void* y, void* to);
+  void (*codes_to_channels_last)(int64_t batch, int64_t channels, int64_t pixels, const uint8_t* from,
+                                 uint8_t* to);
+
+  int64_t lanes;  // floats in a register
+
+  // Runs `rounds` of independent multiply-adds in registers; how many multiplications and additions that was.
+  double (*multiply_adds)(int64_t rounds);
 };
 
 const CpuKernels& cpu_kernels_portable();
@@ -59,39 +82,58 @@ inline const CpuKernels& cpu_kernels() {
   return cpu_kernels_portable();
 }
 
-// Scratch per thread of a direct kernel stays below 16 MiB: what needs more, because a single band is that
-// large, is left to PyTorch.
+// Scratch per thread stays below 16 MiB (grad_weight adds a float per weight): what needs more, because a
+// single band is that large, is left to PyTorch. All in floating point, since padding and dilation may be
+// anything below 2^31.
 constexpr double kMostScratchFloats = 4.0 * 1024 * 1024;
 
-// Columns of the padded input under a row of the convolution output. In floating point, since padding and
-// dilation may be anything below 2^31.
-inline double padded_columns(const ConvParams& conv) {
-  return (conv.output_size[1] - 1.0) * conv.stride[1] + (conv.kernel[1] - 1.0) * conv.dilation[1] + 1.0;
+// Positions of the padded input, along an axis, under `length` positions of the convolution output.
+inline double padded_length(const ConvParams& conv, int axis, double length) {
+  return (length - 1.0) * conv.stride[axis] + (conv.kernel[axis] - 1.0) * conv.dilation[axis] + 1.0;
 }
 
 // Whether a band of one pooled row fits, with `per_position` floats for each position of the convolution.
 inline bool smallest_band_fits(const ConvBlockParams& p, double per_position) {
-  const double conv_rows = std::min(p.pool.window.size[0], p.conv.output_size[0]);
-  const double rows =
-      (conv_rows - 1.0) * p.conv.stride[0] + (p.conv.kernel[0] - 1.0) * p.conv.dilation[0] + 1.0;
-  return rows * padded_columns(p.conv) * p.conv.in_channels +
+  const double conv_rows = std::min(p.pool.window.size[0], p.conv.output_size[0]) + p.tile() - 1.0;
+  return padded_length(p.conv, 0, conv_rows) * padded_length(p.conv, 1, p.conv.output_size[1]) *
+                 p.conv.in_channels +
              conv_rows * p.conv.output_size[1] * per_position <=
          kMostScratchFloats;
 }
 
-// Whether the direct forward kernel accepts the problem: the bit mask of an average after ReLU and codes
-// wider than a byte are left to the pass after PyTorch's convolution.
-inline bool direct_forward_fits(const ConvBlockParams& p, bool save_code) {
-  const bool mask_wanted = save_code && p.pool.pool == Pool::avg && p.pool.activation == Activation::relu;
-  constexpr double kOutputsPerPosition = 64;  // a block of channels, and the tile it is pooled into
-  return p.conv.groups == 1 && !mask_wanted && !p.pool.wide_code() &&
-         smallest_band_fits(p, kOutputsPerPosition);
+// What all kernels of blocks accept: codes of a byte, and the dtypes that float32 holds.
+inline bool block_fits(const ConvBlockParams& p, Dtype dtype) {
+  return dtype != Dtype::float64 && !p.pool.wide_code();
 }
 
-inline bool direct_grad_weight_fits(const ConvBlockParams& p, const CpuKernels& kernels) {
-  return p.conv.groups == 1 && p.pool.pool != Pool::avg && !p.pool.wide_code() &&
-         p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels <= kernels.grad_weight_max_taps &&
-         smallest_band_fits(p, static_cast<double>(kernels.grad_weight_max_taps));
+// The bit mask of an average after ReLU is left to the pass after PyTorch's convolution.
+inline bool forward_fits(const ConvBlockParams& p, Dtype dtype, bool save_code) {
+  const bool mask_wanted = save_code && p.pool.pool == Pool::avg && p.pool.activation == Activation::relu;
+  constexpr double kOutputsPerPosition = 64;  // a block of channels, and the tile it is pooled into
+  const ConvParams& c = p.conv;
+  const bool winograd_fits = c.kernel[0] == 3 && c.kernel[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
+                             c.dilation[0] == 1 && c.dilation[1] == 1;
+  return block_fits(p, dtype) && !mask_wanted && (p.winograd == 0 || winograd_fits) &&
+         smallest_band_fits(
+             p, p.winograd == 0 ? kOutputsPerPosition : 5.0 * c.in_channels + 2.0 * c.out_channels);
+}
+
+inline bool grad_weight_fits(const ConvBlockParams& p, bool patches, Dtype dtype, const CpuKernels& kernels) {
+  const int64_t taps = p.conv.positions() * p.conv.group_in();
+  const double per_position = patches ? static_cast<double>(taps + kernels.lanes) : 0.0;
+  return block_fits(p, dtype) && p.pool.pool != Pool::avg && !(patches && taps > kernels.most_patch_taps) &&
+         smallest_band_fits(p, 2.0 * p.conv.group_out() + per_position);
+}
+
+inline bool grad_input_fits(const ConvBlockParams& p, Dtype dtype) {
+  constexpr double kMostListed = 128;
+  const double rows = static_cast<double>(p.pool.window.stride[0]) * p.conv.stride[0];
+  const double conv_rows = (rows - 1 + (p.conv.kernel[0] - 1.0) * p.conv.dilation[0]) / p.conv.stride[0] + 1;
+  const double covering = ((p.pool.window.size[0] - 1) / p.pool.window.stride[0] + 1.0) *
+                          ((p.pool.window.size[1] - 1) / p.pool.window.stride[1] + 1.0);
+  const double lists = conv_rows * p.conv.output_size[1] * (2 * (kMostListed * covering + 1) + 1);
+  const double tile = rows * padded_length(p.conv, 1, p.conv.output_size[1]) * (p.conv.in_channels + 16.0);
+  return block_fits(p, dtype) && p.pool.pool != Pool::avg && lists + tile <= kMostScratchFloats;
 }
 
 }  // namespace dlfast

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "conv_relu_pool/op.h"
 #include "conv_relu_pool/plan.h"
 #ifdef DLFAST_WITH_CUDA
 #include <c10/cuda/CUDAStream.h>
@@ -206,22 +207,40 @@ ConvBlockParams check_block(const char* op, const Tensor& input, const Tensor& w
   return p;
 }
 
-std::tuple<Tensor, Tensor> direct_forward(ConvBlockParams p, const Tensor& input, const Tensor& weight,
-                                          const std::optional<Tensor>& bias, bool save_code) {
+PlanContext context_of(const Tensor& input, Dtype dtype, bool save_code) {
+  return {dtype, input.is_cpu() && input.numel() > 0, save_code, at::get_num_threads()};
+}
+
+// p.winograd and p.grain for a forward kernel of ours.
+void prepare_forward(ConvBlockParams& p, Path path, int64_t threads) {
+  p.winograd = path == Path::winograd2 ? 2 : path == Path::winograd4 ? 4 : 0;
+  const double strip =
+      p.winograd == 0 ? 0.0 : static_cast<double>(p.conv.output_size[1] * p.conv.out_channels);
+  p.grain = plan_grain(
+      p, padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] + strip,
+      threads);
+}
+
+// Nothing where Winograd's sums are not finite.
+std::optional<std::tuple<Tensor, Tensor>> own_forward(ConvBlockParams p, Dtype dtype, Path path,
+                                                      const Tensor& input, const Tensor& weight,
+                                                      const std::optional<Tensor>& bias, bool save_code) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  p.grain = plan_band(p, padded_columns(p.conv) * p.conv.in_channels * p.conv.stride[0], threads);
+  prepare_forward(p, path, threads);
   const Tensor w = weight.contiguous();
   const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
-  Tensor output = empty_output(p.pool, input, at::kFloat);
+  Tensor output = empty_output(p.pool, input, input.scalar_type());
   Tensor code = empty_code(p.pool, input, save_code);
   if (output.numel() > 0) {
-    const Tensor scratch = at::empty({kernels.direct_forward_scratch(p, threads)}, input.options());
-    kernels.direct_forward(p, input.const_data_ptr<float>(), w.const_data_ptr<float>(),
-                           b.defined() ? b.const_data_ptr<float>() : nullptr, output.data_ptr<float>(),
-                           static_cast<uint8_t*>(code_pointer(code)), scratch.data_ptr<float>());
+    const Tensor scratch =
+        at::empty({kernels.forward_scratch(p, dtype, threads)}, input.options().dtype(at::kFloat));
+    const bool done = kernels.forward(p, dtype, input.const_data_ptr(), w.const_data_ptr(),
+                                      b.defined() ? b.const_data_ptr() : nullptr, output.data_ptr(),
+                                      static_cast<uint8_t*>(code_pointer(code)), scratch.data_ptr<float>());
+    if (!done) return std::nullopt;
   }
-  return {output, code};
+  return std::make_tuple(output, code);
 }
 
 std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& weight,
@@ -239,8 +258,9 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
   check_bias(op, bias, p.conv.out_channels, input);
 
   const c10::OptionalDeviceGuard guard(input.device());
-  if (plan_forward(p, dtype, input.is_cpu(), save_code) == Path::direct) {
-    return direct_forward(p, input, weight, bias, save_code);
+  const Path path = plan_forward(p, context_of(input, dtype, save_code)).path();
+  if (path != Path::pytorch) {
+    if (auto result = own_forward(p, dtype, path, input, weight, bias, save_code)) return *result;
   }
   // The CPU's convolution adds the bias for nothing; cuDNN's takes a pass of its own, which ours saves.
   const bool bias_later = !input.is_cpu();
@@ -259,22 +279,102 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
                      ceil_mode, save_code);
 }
 
-bool direct_grad_weight(ConvBlockParams p, const Tensor& grad_output, const Tensor& input, const Tensor& code,
-                        Tensor& grad_weight, Tensor& grad_bias) {
+// What the sparse kernels read, see cpu_kernels.h; code is undefined without pooling.
+struct SparseGradient {
+  Tensor grad, code;
+
+  const uint8_t* codes() const { return code.defined() ? code.const_data_ptr<uint8_t>() : nullptr; }
+};
+
+SparseGradient sparse_gradient(const ReluPoolParams& p, Dtype dtype, const Tensor& grad_output,
+                               const Tensor& code) {
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t pixels = p.output_size[0] * p.output_size[1];
+  const bool masked = p.pool == Pool::none && p.activation == Activation::relu;
+  SparseGradient result;
+  const bool from_last = grad_output.is_contiguous(kLast);
+  const Tensor from = from_last ? grad_output : grad_output.contiguous();
+  result.grad = from;
+  if (masked || !from_last) {
+    result.grad = at::empty(from.sizes(), from.options().memory_format(kLast));
+    kernels.to_channels_last(p.batch, p.channels, pixels, dtype, from_last, from.const_data_ptr(),
+                             p.channels_last, masked ? code.const_data_ptr() : nullptr,
+                             result.grad.data_ptr());
+  }
+  if (p.pool == Pool::max && p.channels_last) result.code = code;
+  if (p.pool == Pool::max && !p.channels_last) {
+    result.code = at::empty(code.sizes(), code.options().memory_format(kLast));
+    kernels.codes_to_channels_last(p.batch, p.channels, pixels, code.const_data_ptr<uint8_t>(),
+                                   result.code.data_ptr<uint8_t>());
+  }
+  return result;
+}
+
+// grad_weight and grad_bias by our kernels; false where they are to be had in the dense way only.
+bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const SparseGradient& gradient,
+                     const Tensor& input, Tensor& grad_weight, Tensor& grad_bias) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  const int64_t taps = p.conv.kernel[0] * p.conv.kernel[1] * p.conv.in_channels;
-  p.grain = plan_band(p,
-                      padded_columns(p.conv) * p.conv.in_channels * p.conv.stride[0] +
-                          static_cast<double>(p.conv.output_size[1] * taps),
-                      threads);
-  // The kernel goes through one channel after the other.
-  p.pool.channels_last = false;
-  const Tensor grad = grad_output.contiguous(), own_code = code.contiguous();
-  const Tensor scratch = at::empty({kernels.direct_grad_weight_scratch(p, threads)}, input.options());
-  return kernels.direct_grad_weight(p, input.const_data_ptr<float>(), grad.const_data_ptr<float>(),
-                                    code_pointer(own_code), grad_weight.data_ptr<float>(),
-                                    grad_bias.data_ptr<float>(), scratch.data_ptr<float>());
+  const bool patches = path == Path::patches;
+  const int64_t taps = p.conv.positions() * p.conv.in_channels;
+  const double per_position = static_cast<double>(patches ? taps : p.conv.group_out() / 2);
+  p.grain =
+      plan_grain(p,
+                 padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
+                     p.conv.output_size[1] * per_position,
+                 threads);
+  const Tensor scratch =
+      at::empty({kernels.grad_weight_scratch(p, patches, threads)}, input.options().dtype(at::kFloat));
+  return kernels.grad_weight(p, patches, dtype, input.const_data_ptr(), gradient.grad.const_data_ptr(),
+                             gradient.codes(), grad_weight.data_ptr(), grad_bias.data_ptr(),
+                             scratch.data_ptr<float>());
+}
+
+bool own_grad_input(ConvBlockParams p, Dtype dtype, const SparseGradient& gradient, const Tensor& weight,
+                    Tensor& grad_input) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = at::get_num_threads();
+  p.grain =
+      plan_grain(p,
+                 padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
+                     static_cast<double>(p.conv.output_size[1] * p.conv.group_out()),
+                 threads);
+  const Tensor w = weight.contiguous();
+  const Tensor scratch =
+      at::empty({kernels.grad_input_scratch(p, threads)}, weight.options().dtype(at::kFloat));
+  return kernels.grad_input(p, dtype, w.const_data_ptr(), gradient.grad.const_data_ptr(), gradient.codes(),
+                            grad_input.data_ptr(), scratch.data_ptr<float>());
+}
+
+// grad_input where nothing was pooled: the convolution of the gradient with the kernel turned around.
+bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGradient& gradient,
+                         const Tensor& weight, Tensor& grad_input) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = at::get_num_threads();
+  const Tensor& grad_z = gradient.grad;
+  const int64_t groups = p.conv.groups;
+  const Tensor turned = weight.contiguous()
+                            .view({groups, p.conv.group_out(), p.conv.group_in(), 3, 3})
+                            .transpose(1, 2)
+                            .reshape({p.conv.in_channels, p.conv.group_out(), 3, 3})
+                            .flip({2, 3})
+                            .contiguous();
+  ConvBlockParams q = p;
+  std::swap(q.conv.in_channels, q.conv.out_channels);
+  q.pool.channels = q.conv.out_channels;
+  q.pool.activation = Activation::none;
+  for (const int axis : {0, 1}) {
+    q.conv.input_size[axis] = p.conv.output_size[axis];
+    q.conv.output_size[axis] = q.pool.input_size[axis] = q.pool.output_size[axis] = p.conv.input_size[axis];
+    q.conv.padding[axis] = 2 - p.conv.padding[axis];
+  }
+  for (const int axis : {0, 1, 2, 3}) q.input_strides[axis] = grad_z.stride(axis);
+  prepare_forward(q, Path::winograd4, threads);
+  const Tensor scratch =
+      at::empty({kernels.forward_scratch(q, dtype, threads)}, weight.options().dtype(at::kFloat));
+  return kernels.forward(q, dtype, grad_z.const_data_ptr(), turned.const_data_ptr(), nullptr,
+                         grad_input.data_ptr(), nullptr, scratch.data_ptr<float>());
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
@@ -296,13 +396,29 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
 
   Tensor grad_input = nothing(input), grad_weight = nothing(input), grad_bias = nothing(input);
   auto [needs_input, needs_weight, needs_bias] = output_mask;
-  if (needs_weight && p.conv.batch > 0 && plan_grad_weight(p, dtype, input.is_cpu()) == Path::direct) {
+  const PlanContext context = context_of(input, dtype, true);
+  const Path weight_path = needs_weight ? plan_grad_weight(p, context).path() : Path::pytorch;
+  const Path input_path = needs_input ? plan_grad_input(p, context).path() : Path::pytorch;
+  SparseGradient gradient;
+  if (weight_path != Path::pytorch || input_path != Path::pytorch) {
+    gradient = sparse_gradient(p.pool, dtype, grad_output, checked);
+  }
+  if (weight_path != Path::pytorch) {
     Tensor own_weight = at::empty(weight.sizes(), weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, weight.options());
-    if (direct_grad_weight(p, grad_output, input, checked, own_weight, own_bias)) {
+    if (own_grad_weight(p, dtype, weight_path, gradient, input, own_weight, own_bias)) {
       grad_weight = own_weight;
       if (needs_bias) grad_bias = own_bias;
       needs_weight = needs_bias = false;
+    }
+  }
+  if (input_path != Path::pytorch) {
+    Tensor own_input = at::empty(input.sizes(), input.options().memory_format(format_of(p.pool)));
+    const bool done = input_path == Path::sparse ? own_grad_input(p, dtype, gradient, weight, own_input)
+                                                 : winograd_grad_input(p, dtype, gradient, weight, own_input);
+    if (done) {
+      grad_input = own_input;
+      needs_input = false;
     }
   }
   if (!needs_input && !needs_weight && !needs_bias) return {grad_input, grad_weight, grad_bias};
@@ -316,6 +432,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
   if (needs_bias) grad_bias = dense_bias;
   return {grad_input, grad_weight, grad_bias};
 }
+
+}  // namespace
+
+BlockPlan plan_block(const Tensor& input, const Tensor& weight, const BlockArgs& block,
+                     const PoolArgs& pooling, bool save_code) {
+  constexpr const char* op = "plan_block";
+  const Dtype dtype = check_dtype(op, "input", input);
+  const ConvBlockParams p = check_block(op, input, weight, block, pooling);
+  const PlanContext context = context_of(input, dtype, save_code);
+  return {convolution_flops(p.conv), plan_forward(p, context), plan_grad_input(p, context),
+          plan_grad_weight(p, context)};
+}
+
+namespace {
 
 void register_all(torch::Library& m) {
   m.impl("_conv_relu_pool2d", conv_relu_pool2d);

@@ -59,6 +59,10 @@ struct ConvParams {
   int64_t dilation[2];
   int64_t groups;
   int64_t output_size[2];  // of the convolution
+
+  int64_t group_in() const { return in_channels / groups; }
+  int64_t group_out() const { return out_channels / groups; }
+  int64_t positions() const { return kernel[0] * kernel[1]; }
 };
 
 }  // namespace dlfast

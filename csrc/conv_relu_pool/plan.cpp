@@ -9,52 +9,243 @@
 namespace dlfast {
 namespace {
 
-// Half of a usual second-level cache, in floats; the other half is for weights and output.
-constexpr int64_t kBandFloats = 64 * 1024;
-constexpr int64_t kBandsPerThread = 4;
+// ---- Measured constants: parts of the peak of multiply-adds that the inner loops reach, all else in cache.
+// From `dlfast bench layers` with DLFAST_PLAN forced, AVX2; the AVX-512 figures known to us fit as well.
+constexpr double kPyTorchSpeed = 0.85;  // its convolution of float32
+constexpr double kPyTorchBackwardSpeed = 0.70;
+constexpr double kPyTorchFewChannels = 0.25;  // the same with fewer than kFew input channels
+constexpr int64_t kFew = 8;
+constexpr double kPyTorch16BitSpeed = 0.15;  // without instructions for them
+constexpr double kDirectSpeed = 0.75;
+constexpr double kWinogradSpeed = 0.62;   // of its matrix products
+constexpr double kTransformFlops = 24.0;  // per element of a transformed tile, in or out
+constexpr double kSparseSpeed = 0.55;
+constexpr double kListFlops = 160.0;  // per position of the pooled gradient, to list it
+constexpr double kGatherFlops = 4.0;  // per number of a patch
 
+constexpr double kFlopsPerByte = 5.0;  // of one thread, in the time one byte takes to or from memory
+
+// Calls of one thread, in flops: a pass or a convolution of PyTorch, and one of ours.
+constexpr double kPyTorchCall = 4e5;
+constexpr double kOwnCall = 4e5;
+
+// Winners among the positions of a ReLU without pooling; with pooling about all windows have one.
+constexpr double kReluDensity = 0.5;
+
+// Half of a usual second-level cache, in floats; the other half is for weights and output.
+constexpr int64_t kUnitFloats = 64 * 1024;
+constexpr int64_t kUnitsPerThread = 4;
+
+constexpr std::string_view kForced[] = {"direct", "winograd2", "winograd4", "epilogue"};
+
+// DLFAST_PLAN=direct, winograd2 or winograd4 takes our kernels wherever they accept the problem, even where
+// they are slower, forward in the way named and backward the sparse way; DLFAST_PLAN=epilogue never takes
+// them.
 std::string_view forced_plan() {
   const char* asked = std::getenv("DLFAST_PLAN");
   const std::string_view plan = asked == nullptr ? "" : asked;
-  if (plan != "" && plan != "direct" && plan != "epilogue") {
-    throw std::invalid_argument("DLFAST_PLAN must be direct or epilogue, got " + std::string(plan));
+  if (plan != "" && std::find(std::begin(kForced), std::end(kForced), plan) == std::end(kForced)) {
+    throw std::invalid_argument("DLFAST_PLAN must be direct, winograd2, winograd4 or epilogue, got " +
+                                std::string(plan));
   }
   return plan;
 }
 
-// With more input channels PyTorch's own convolution is as fast or faster, even with our pass after it
-// (blocks of `dlfast bench layers` under DLFAST_PLAN=direct, AVX2: about 1x at 64 channels, 0.94x at 256).
-constexpr int64_t kDirectForwardChannels = 64;
+// What a level below the machine's own is slower by: PyTorch's kernels always use the machine's own.
+double level_speed() {
+  constexpr double speeds[] = {1.0, 4.0, 8.0};  // multiply-adds per cycle, in relation
+  return speeds[static_cast<int>(simd_level())] / speeds[static_cast<int>(simd_supported())];
+}
 
-// Without pooling there is only the ReLU to save, and every second position passes gradient: PyTorch wins
-// (3 to 64 channels at 32x32: forward 0.8x, forward and backward 0.5x).
-bool pools(const ConvBlockParams& p) {
-  return p.pool.pool != Pool::none;
+double round_up(double n, double multiple) {
+  return static_cast<double>((static_cast<int64_t>(n) + static_cast<int64_t>(multiple) - 1) /
+                             static_cast<int64_t>(multiple)) *
+         multiple;
+}
+
+// Sizes that the costs are made of; all in elements.
+struct Sizes {
+  double input, weight, z, y;
+  double element;  // bytes
+  double lanes;
+  double in, out, groups, taps;  // of one group
+
+  Sizes(const ConvBlockParams& p, Dtype dtype)
+      : input(static_cast<double>(p.conv.batch) * p.conv.in_channels * p.conv.input_size[0] *
+              p.conv.input_size[1]),
+        weight(static_cast<double>(p.conv.out_channels) * p.conv.group_in() * p.conv.positions()),
+        z(static_cast<double>(p.pool.input_numel())),
+        y(static_cast<double>(p.pool.output_numel())),
+        element(dtype == Dtype::float64   ? 8.0
+                : dtype == Dtype::float32 ? 4.0
+                                          : 2.0),
+        lanes(static_cast<double>(cpu_kernels().lanes)),
+        in(static_cast<double>(p.conv.group_in())),
+        out(static_cast<double>(p.conv.group_out())),
+        groups(static_cast<double>(p.conv.groups)),
+        taps(static_cast<double>(p.conv.positions())) {}
+};
+
+double pytorch_speed(const ConvBlockParams& p, Dtype dtype, double usual) {
+  if (dtype == Dtype::bfloat16 || dtype == Dtype::float16) return kPyTorch16BitSpeed;
+  const double few = p.conv.group_in() < kFew ? kPyTorchFewChannels : usual;
+  return dtype == Dtype::float64 ? few / 2 : few;
+}
+
+class Candidates {
+ public:
+  explicit Candidates(const PlanContext& context) : context_(context) {}
+  void add(Path path, double flops, double bytes) {
+    choice_.candidates[choice_.count] = {path, flops, bytes};
+    if (time(choice_.count) < time(choice_.best)) choice_.best = choice_.count;
+    ++choice_.count;
+  }
+  void force(Path path) {
+    for (int i = 0; i < choice_.count; ++i) {
+      if (choice_.candidates[i].path == path) choice_.best = i;
+    }
+  }
+  bool has(Path path) const {
+    return std::any_of(choice_.candidates.begin(), choice_.candidates.begin() + choice_.count,
+                       [&](const Candidate& c) { return c.path == path; });
+  }
+  Choice choice() const { return choice_; }
+
+ private:
+  double time(int index) const {
+    const Candidate& c = choice_.candidates[index];
+    return c.flops + c.bytes * kFlopsPerByte * static_cast<double>(context_.threads);
+  }
+  const PlanContext& context_;
+  Choice choice_{};
+};
+
+// Winograd's cost for `batch` images of `rows` x `cols` outputs.
+double winograd_flops(const Sizes& s, double batch, double rows, double cols, double in, double out,
+                      int64_t m) {
+  const double side = static_cast<double>(m) + 2;
+  const double tiles = batch * s.groups * round_up(rows, m) * round_up(cols, m) / static_cast<double>(m * m);
+  const double products = 2.0 * tiles * side * side * in * round_up(out, s.lanes);
+  const double transforms = tiles * side * side * (in + out) * kTransformFlops;
+  const double weights = s.groups * side * side * in * out * 8.0;
+  return (products / kWinogradSpeed + transforms + weights) / level_speed();
+}
+
+bool accepts_forward(ConvBlockParams p, int64_t winograd, const PlanContext& context) {
+  p.winograd = winograd;
+  return forward_fits(p, context.dtype, context.save_code);
 }
 
 }  // namespace
 
-Path plan_forward(const ConvBlockParams& p, Dtype dtype, bool cpu, bool save_code) {
-  const std::string_view forced = forced_plan();
-  if (!cpu || dtype != Dtype::float32 || forced == "epilogue" || !direct_forward_fits(p, save_code)) {
-    return Path::epilogue;
-  }
-  return forced == "direct" || (pools(p) && p.conv.in_channels <= kDirectForwardChannels) ? Path::direct
-                                                                                          : Path::epilogue;
+const char* path_name(Path path) {
+  constexpr const char* names[] = {"pytorch", "direct", "winograd2", "winograd4", "sparse", "patches"};
+  return names[static_cast<int>(path)];
 }
 
-Path plan_grad_weight(const ConvBlockParams& p, Dtype dtype, bool cpu) {
-  const std::string_view forced = forced_plan();
-  if (!cpu || dtype != Dtype::float32 || forced == "epilogue" || !direct_grad_weight_fits(p, cpu_kernels())) {
-    return Path::epilogue;
-  }
-  return forced == "direct" || pools(p) ? Path::direct : Path::epilogue;
+double convolution_flops(const ConvParams& conv) {
+  return 2.0 * static_cast<double>(conv.batch) * conv.out_channels * conv.output_size[0] *
+         conv.output_size[1] * conv.group_in() * conv.positions();
 }
 
-int64_t plan_band(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads) {
-  const auto by_cache = static_cast<int64_t>(kBandFloats / (floats_per_conv_row * p.pool.window.stride[0]));
-  const int64_t by_balance = p.conv.batch * p.pool.output_size[0] / (kBandsPerThread * threads);
-  return std::max<int64_t>(1, std::min(by_cache, by_balance));
+Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
+  const std::string_view forced = forced_plan();
+  const Sizes s(p, context.dtype);
+  const double threads = static_cast<double>(context.threads), flops = convolution_flops(p.conv);
+  const double code = context.save_code && p.pool.pool == Pool::max ? s.y : 0.0;
+  const double own_bytes = (s.input + s.weight + s.y) * s.element + code;
+  const double passes = p.pool.pool == Pool::none ? 2.0 : 1.0;  // ReLU alone reads and writes z once more
+  Candidates ways(context);
+  ways.add(Path::pytorch, flops / pytorch_speed(p, context.dtype, kPyTorchSpeed) + 2 * kPyTorchCall * threads,
+           own_bytes + passes * 2 * s.z * s.element);
+  if (!context.cpu || forced == "epilogue") return ways.choice();
+  if (accepts_forward(p, 0, context)) {
+    const double used = s.out / round_up(s.out, s.lanes);
+    ways.add(Path::direct, flops / (kDirectSpeed * used * level_speed()) + kOwnCall * threads, own_bytes);
+  }
+  for (const int64_t m : {2, 4}) {
+    if (!accepts_forward(p, m, context)) continue;
+    ways.add(m == 2 ? Path::winograd2 : Path::winograd4,
+             winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.output_size[0]),
+                            static_cast<double>(p.conv.output_size[1]), s.in, s.out, m) +
+                 kOwnCall * threads,
+             own_bytes);
+  }
+  if (forced != "") ways.force(Path::direct);
+  if (forced == "winograd2") ways.force(Path::winograd2);
+  if (forced == "winograd4") ways.force(Path::winograd4);
+  return ways.choice();
+}
+
+Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
+  const std::string_view forced = forced_plan();
+  const Sizes s(p, context.dtype);
+  const double threads = static_cast<double>(context.threads);
+  const bool relu_only = p.pool.pool == Pool::none && p.pool.activation == Activation::relu;
+  const double own_bytes = (s.input + s.weight + s.y) * s.element + (p.pool.pool == Pool::max ? s.y : 0.0);
+  Candidates ways(context);
+  ways.add(Path::pytorch,
+           convolution_flops(p.conv) / pytorch_speed(p, context.dtype, kPyTorchBackwardSpeed) +
+               2 * kPyTorchCall * threads,
+           own_bytes + 2 * s.z * s.element);
+  if (!context.cpu || forced == "epilogue") return ways.choice();
+  const double live = relu_only ? kReluDensity * s.y : s.y;
+  const double listing = kListFlops * s.y / level_speed() + kOwnCall * threads;
+  const CpuKernels& kernels = cpu_kernels();
+  if (grad_weight_fits(p, false, context.dtype, kernels)) {
+    const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
+    ways.add(Path::sparse, products / (kSparseSpeed * level_speed()) + listing, own_bytes);
+  }
+  if (grad_weight_fits(p, true, context.dtype, kernels)) {
+    const double patch = round_up(s.taps * s.in, s.lanes);
+    const double gathered = s.z / s.out * patch * kGatherFlops;
+    ways.add(Path::patches, (2.0 * live * patch / kSparseSpeed + gathered) / level_speed() + listing,
+             own_bytes);
+  }
+  if (forced != "") ways.force(ways.has(Path::patches) ? Path::patches : Path::sparse);
+  return ways.choice();
+}
+
+Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
+  const std::string_view forced = forced_plan();
+  const Sizes s(p, context.dtype);
+  const double threads = static_cast<double>(context.threads);
+  const bool relu_only = p.pool.pool == Pool::none && p.pool.activation == Activation::relu;
+  const double own_bytes = (s.input + s.weight + s.y) * s.element + (p.pool.pool == Pool::max ? s.y : 0.0);
+  Candidates ways(context);
+  ways.add(Path::pytorch,
+           convolution_flops(p.conv) / pytorch_speed(p, context.dtype, kPyTorchBackwardSpeed) +
+               2 * kPyTorchCall * threads,
+           own_bytes + 2 * s.z * s.element);
+  if (!context.cpu || forced == "epilogue") return ways.choice();
+  if (grad_input_fits(p, context.dtype)) {
+    const double live = relu_only ? kReluDensity * s.y : s.y;
+    const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
+    ways.add(Path::sparse, (products / kSparseSpeed + kListFlops * s.y) / level_speed() + kOwnCall * threads,
+             own_bytes);
+  }
+  if (p.pool.pool == Pool::none && accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 &&
+      p.conv.padding[1] <= 2) {
+    ways.add(Path::winograd4,
+             winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.input_size[0]),
+                            static_cast<double>(p.conv.input_size[1]), s.out, s.in, 4) +
+                 2 * kOwnCall * threads,
+             own_bytes + (relu_only ? 2 * s.z * s.element : 0.0));
+  }
+  if (forced != "")
+    ways.force(forced == "winograd4" && ways.has(Path::winograd4) ? Path::winograd4 : Path::sparse);
+  return ways.choice();
+}
+
+int64_t plan_grain(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads) {
+  const int64_t stride = p.pool.window.stride[0];
+  const auto by_cache = static_cast<int64_t>(static_cast<double>(kUnitFloats) /
+                                             (floats_per_conv_row * static_cast<double>(stride)));
+  const int64_t by_balance = p.conv.batch * p.pool.output_size[0] / (kUnitsPerThread * threads);
+  const int64_t grain = std::max<int64_t>(1, std::min(by_cache, by_balance));
+  // Whole tiles: a part of one costs as much.
+  const int64_t rows = p.tile() % stride == 0 ? p.tile() / stride : p.tile();
+  return (grain + rows - 1) / rows * rows;
 }
 
 }  // namespace dlfast

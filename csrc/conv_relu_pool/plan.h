@@ -1,25 +1,59 @@
 // Which way a block is computed, and why: the one place for it.
 //
-//   direct    our kernels, the convolution output is never written
-//   epilogue  PyTorch's convolution, then one pass of ours over its output
-//
-// DLFAST_PLAN=direct takes our kernels wherever they accept the problem, even where they are slower, and
-// DLFAST_PLAN=epilogue never takes them; both are for tests and measurements.
+// Every way is a candidate with a predicted cost; the cheapest that accepts the problem is chosen.
+// DLFAST_PLAN (see plan.cpp) overrides the choice for tests and measurements.
 #pragma once
+
+#include <array>
 
 #include "conv_relu_pool/cpu_kernels.h"
 
 namespace dlfast {
 
-enum class Path { direct, epilogue };
+enum class Path {
+  pytorch,    // forward: PyTorch's convolution, then one pass of ours over its output;
+              // backward: one pass of ours expands the gradient, then PyTorch's convolution_backward
+  direct,     // forward: our kernels, the convolution output is never written
+  winograd2,  // the same by Winograd's method, in tiles of 2x2 outputs
+  winograd4,  // in tiles of 4x4 outputs; for grad_input the convolution of the gradient
+  sparse,     // backward: our kernels, what passes no gradient is skipped
+  patches,    // the same for few input channels, grad_weight only
+};
 
-Path plan_forward(const ConvBlockParams& p, Dtype dtype, bool cpu, bool save_code);
+const char* path_name(Path path);
 
-// Of grad_weight and grad_bias; grad_input always takes the epilogue's way.
-Path plan_grad_weight(const ConvBlockParams& p, Dtype dtype, bool cpu);
+struct Candidate {
+  Path path;
+  double flops;  // at the full speed of the machine that take as long as the arithmetic does
+  double bytes;  // read from and written to memory
+};
 
-// Pooled rows in a band (cpu_band.h), where a convolution row under the band costs `floats_per_conv_row` of
-// scratch: as many as stay in cache, but few enough that every thread has several bands.
-int64_t plan_band(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads);
+// Candidates of one part of a block, with PyTorch's first; `best` is the one to take.
+struct Choice {
+  std::array<Candidate, 4> candidates;
+  int count;
+  int best;
+
+  Path path() const { return candidates[best].path; }
+};
+
+// What a plan depends on besides the block.
+struct PlanContext {
+  Dtype dtype;
+  bool cpu;
+  bool save_code;
+  int64_t threads;
+};
+
+Choice plan_forward(const ConvBlockParams& p, const PlanContext& context);
+Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context);  // and grad_bias
+Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context);
+
+// Multiplications and additions of the convolution itself, each one, as they are usually counted.
+double convolution_flops(const ConvParams& conv);
+
+// Pooled rows in a unit of work, where a convolution row costs `floats_per_conv_row` of scratch: as many as
+// stay in cache, but few enough that every thread has several units.
+int64_t plan_grain(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads);
 
 }  // namespace dlfast

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from dlfast.bench import optim, problems, protocol, report
+from dlfast.bench import accuracy, layers, optim, problems, protocol, report
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
 from dlfast.models import NETWORKS
+from dlfast.plan import machine_speed
 
-TARGETS = [*NETWORKS, "layers", *optim.TARGETS]
+TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "accuracy"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,23 +46,44 @@ def run(args: argparse.Namespace) -> int:
         importlib.import_module(package)
     protocol.set_threads(args.threads)
     facts = protocol.machine()
-    rows, ratios, notes = [], [], []
+    if args.targets == ["accuracy"]:
+        return _accuracy(args.out, facts)
+    rows, ratios, notes, points = [], [], [], []
+    roofline = None
     for problem in _problems(args, device):
         print(f"{problem.name} ...", flush=True)
         more_rows, more_ratios = protocol.measure(problem, args.rounds)
+        if problem.work:
+            roofline = roofline or _roofline()
+            more_ratios, more_points = protocol.under_roofline(problem, more_rows, more_ratios, roofline)
+            points += more_points
         rows += more_rows
         ratios += more_ratios
         notes += [f"{problem.name}: {note}" for note in problem.notes]
         if problem.moved:
             notes += protocol.bandwidths(problem, more_rows, optim.copy_bandwidth(device))
     facts["load average after"] = protocol.load_average()
-    result = protocol.Report(facts, rows, ratios, notes)
+    result = protocol.Report(facts, rows, ratios, notes, points, roofline)
     report.print_tables(result)
     name = "-".join(args.targets) or "networks"
     write_whole(args.out / f"{name}.json", report.to_json(result))
     write_whole(args.out / f"{name}.png", report.figure(result))
     print(f"written: {args.out / name}.json and .png")
     return 0
+
+
+def _accuracy(out: Path, facts: dict[str, str]) -> int:
+    errors = list(accuracy.measure())
+    report.print_errors(errors)
+    text = json.dumps({"machine": facts, "errors": [asdict(error) for error in errors]}, indent=1) + "\n"
+    write_whole(out / "accuracy.json", text.encode())
+    print(f"written: {out / 'accuracy.json'}")
+    return 0
+
+
+def _roofline() -> protocol.Roofline:
+    speed = machine_speed()
+    return protocol.Roofline(speed.flops, speed.bandwidth)
 
 
 def _device(name: str) -> str:
@@ -74,5 +98,5 @@ def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Proble
     compile = not args.no_compile
     yield from problems.networks([t for t in targets if t in NETWORKS], args.batch_size, compile, device)
     if "layers" in targets:
-        yield from problems.blocks(compile, device)
+        yield from layers.problems(compile, device)
     yield from optim.problems(targets, device)

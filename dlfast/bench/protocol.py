@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 import dlfast.info
-from dlfast.bench.problems import Problem, Variant
+from dlfast.bench.problems import Problem, Variant, Work
 from dlfast.measure import alternate, peak_bytes, saved_bytes
 
 
@@ -40,6 +40,31 @@ class Ratio:
     median: float
     low: float
     high: float
+    group: str = ""
+    of_roofline: float | None = None  # what the roofline gives for the dense formulas, over our seconds
+
+
+@dataclass(frozen=True)
+class Point:
+    """A call of a problem under the roofline: work as the dense formulas have it, seconds of the fastest modes."""
+
+    problem: str
+    quantity: str
+    flops: float
+    bytes: float
+    ours: float
+    theirs: float
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What the machine reaches: multiplications and additions, and bytes read and written, per second."""
+
+    flops: float
+    bandwidth: float
+
+    def seconds(self, work: Work) -> float:
+        return max(work.flops / self.flops, work.bytes / self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,8 @@ class Report:
     rows: list[Row]
     ratios: list[Ratio]
     notes: list[str]
+    points: list[Point] = field(default_factory=list)
+    roofline: Roofline | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,7 +142,21 @@ def _ratio(problem: Problem, quantity: str, seconds: dict[str, list[float]]) -> 
 
     ours, theirs = fastest(True), fastest(False)
     median, low, high = quartiles([t / o for o, t in zip(seconds[ours], seconds[theirs], strict=True)])
-    return Ratio(problem.name, quantity, ours, theirs, median, low, high)
+    return Ratio(problem.name, quantity, ours, theirs, median, low, high, problem.group)
+
+
+def under_roofline(
+    problem: Problem, rows: list[Row], ratios: list[Ratio], roofline: Roofline
+) -> tuple[list[Ratio], list[Point]]:
+    """The ratios of `problem` with their part of the roofline, and its points."""
+    placed, points = [], []
+    for ratio in ratios:
+        seconds = {row.variant: row.seconds for row in rows if row.quantity == ratio.quantity}
+        work = problem.work[ratio.quantity]
+        ours, theirs = seconds[ratio.ours], seconds[ratio.theirs]
+        placed.append(replace(ratio, of_roofline=roofline.seconds(work) / ours))
+        points.append(Point(problem.name, ratio.quantity, work.flops, work.bytes, ours, theirs))
+    return placed, points
 
 
 def bandwidths(problem: Problem, rows: list[Row], copy: float) -> list[str]:

@@ -1,0 +1,52 @@
+// Copies between tensors of any accepted dtype and layout and the float32 scratch of the kernels.
+#pragma once
+
+namespace dlfast::DLFAST_LEVEL {
+
+// Runs body(T{}) for the dtypes that the kernels of blocks take.
+template <typename Body>
+bool dispatch_block(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::bfloat16) return body(c10::BFloat16{});
+  if (dtype == Dtype::float16) return body(c10::Half{});
+  return body(float{});
+}
+
+template <typename T>
+DLFAST_INLINE void widen(const T* from, int64_t count, float* to) {
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+  }
+}
+
+template <typename T>
+DLFAST_INLINE void narrow(const float* from, int64_t count, T* to) {
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+  }
+}
+
+// to[x][c] = from[c * stride_c + x * stride_x]: a row of planes becomes pixels of channels.
+template <typename T>
+void transpose_rows(const T* from, int64_t stride_c, int64_t stride_x, int64_t channels, int64_t count,
+                    float* to, int64_t to_stride) {
+  constexpr int64_t kSquare = 8;  // a cache line of planes is read once, its pixels stay in the first level
+  for (int64_t x0 = 0; x0 < count; x0 += kSquare) {
+    const int64_t x1 = std::min(x0 + kSquare, count);
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* plane = from + c * stride_c;
+      for (int64_t x = x0; x < x1; ++x) to[x * to_stride + c] = static_cast<float>(plane[x * stride_x]);
+    }
+  }
+}
+
+template <typename T>
+void transpose_rows(const T* from, int64_t stride_c, int64_t stride_x, int64_t channels, int64_t count,
+                    float* to) {
+  transpose_rows(from, stride_c, stride_x, channels, count, to, channels);
+}
+
+}  // namespace dlfast::DLFAST_LEVEL

@@ -1,0 +1,107 @@
+// The positions that pass gradient: with max pooling at most one of each window, without pooling those whose
+// gradient is not zero. The backward kernels multiply these only; a dense gradient is mostly zeros.
+#pragma once
+
+namespace dlfast::DLFAST_LEVEL {
+
+// One position that passes gradient, and the place it has for whoever listed it.
+struct Live {
+  float grad;
+  int32_t at;
+};
+
+// Positions of the convolution output that count, and where they lie in somebody's memory: (row, col) at
+// (row - first_row) * row_step + (col - first_col) * col_step.
+struct Region {
+  int64_t first_row, last_row, first_col, last_col;
+  int64_t row_step, col_step;
+
+  DLFAST_INLINE int64_t at(int64_t row, int64_t col) const {
+    return (row - first_row) * row_step + (col - first_col) * col_step;
+  }
+  DLFAST_INLINE bool holds(int64_t row, int64_t col) const {
+    return (row >= first_row) & (row < last_row) & (col >= first_col) & (col < last_col);
+  }
+};
+
+// The pooled gradient of a block, and the code of max pooling, both channels_last: [N, PH, PW, K].
+template <typename T>
+class PooledGradient {
+ public:
+  PooledGradient(const ConvBlockParams& p, const T* grad, const uint8_t* code)
+      : pool_(p.pool), grad_(grad), code_(code) {
+    for (int32_t i = 0; i < 256; ++i) {
+      is_position_[i] = i < pool_.window_positions() && i != kNoWinner<uint8_t>;
+      row_[i] = is_position_[i] ? i / static_cast<int32_t>(pool_.window.size[1]) : 0;
+      col_[i] = is_position_[i] ? i % static_cast<int32_t>(pool_.window.size[1]) : 0;
+    }
+  }
+
+  // Calls put(k - first, at, gradient, passes) for the channels [first, last) of every pooled pixel of `rows`
+  // and `cols`. Where nothing passes, or not within the region, `at` is that of some position of the region:
+  // a caller that writes always and counts only what passes has no branch to mispredict.
+  template <typename Put>
+  DLFAST_INLINE void visit(int64_t image, const Span& rows, const Span& cols, int64_t first, int64_t last,
+                           const Region& region, const Put& put) const {
+    int32_t offset[256];  // of each code from the corner of its window
+    for (int i = 0; i < 256; ++i) {
+      offset[i] = static_cast<int32_t>(row_[i] * region.row_step + col_[i] * region.col_step);
+    }
+    for (int64_t py = rows.begin; py < rows.end; ++py) {
+      for (int64_t px = cols.begin; px < cols.end; ++px) {
+        const int64_t pixel =
+            ((image * pool_.output_size[0] + py) * pool_.output_size[1] + px) * pool_.channels;
+        const T* grads = grad_ + pixel;
+        if (pool_.pool != Pool::max) {
+          visit_unpooled(grads, first, last, region.holds(py, px), region.at(py, px), put);
+          continue;
+        }
+        const uint8_t* codes = code_ + pixel;
+        const int64_t top = py * pool_.window.stride[0] - pool_.window.padding[0];
+        const int64_t left = px * pool_.window.stride[1] - pool_.window.padding[1];
+        const bool inside = region.holds(top, left) &&
+                            region.holds(top + pool_.window.size[0] - 1, left + pool_.window.size[1] - 1);
+        const int64_t corner = region.at(top, left);
+        if (inside) {
+          for (int64_t k = first; k < last; ++k) {
+            const uint8_t code = codes[k];
+            put(k - first, corner + offset[code], static_cast<float>(grads[k]), is_position_[code]);
+          }
+          continue;
+        }
+        for (int64_t k = first; k < last; ++k) {
+          const uint8_t code = codes[k];
+          const bool passes = is_position_[code] & region.holds(top + row_[code], left + col_[code]);
+          put(k - first, passes ? corner + offset[code] : 0, static_cast<float>(grads[k]), passes);
+        }
+      }
+    }
+  }
+
+ private:
+  template <typename Put>
+  DLFAST_INLINE void visit_unpooled(const T* grads, int64_t first, int64_t last, bool inside, int64_t at,
+                                    const Put& put) const {
+    if (!inside) return;
+    for (int64_t k = first; k < last; ++k) {
+      const float grad = static_cast<float>(grads[k]);
+      put(k - first, at, grad, grad != 0.0f);
+    }
+  }
+
+  const ReluPoolParams& pool_;
+  const T* grad_;
+  const uint8_t* code_;  // of max pooling
+  bool is_position_[256];
+  int32_t row_[256], col_[256];
+};
+
+// Whether no lane of a sum of 0 * x is NaN: every x was finite.
+DLFAST_INLINE bool all_zero(F doubt) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (doubt[lane] != 0.0f) return false;
+  }
+  return true;
+}
+
+}  // namespace dlfast::DLFAST_LEVEL

@@ -1,0 +1,18 @@
+// What the Python module asks of the operator besides running it.
+#pragma once
+
+#include "checks.h"
+#include "conv_relu_pool/plan.h"
+
+namespace dlfast {
+
+struct BlockPlan {
+  double flops;  // of one convolution: forward, grad_input and grad_weight have as many each
+  Choice forward, grad_input, grad_weight;
+};
+
+// The plan of a block for these tensors, batched, with the number of threads set now. Raises as the operator.
+BlockPlan plan_block(const at::Tensor& input, const at::Tensor& weight, const BlockArgs& block,
+                     const PoolArgs& pooling, bool save_code);
+
+}  // namespace dlfast

@@ -22,7 +22,7 @@ RULES = [
     (r".*/(params|step)\.h", [COMMON, OWN]),
     (
         r".*/cpu_\w+\.(h|cpp)",
-        [COMMON, OWN, r"<immintrin\.h>", r"<ATen/Parallel\.h>", r"<c10/util/(BFloat16|Half)\.h>"],
+        [COMMON, OWN, r"<immintrin\.h>", r"<omp\.h>", r"<ATen/Parallel\.h>", r"<c10/util/(BFloat16|Half)\.h>"],
     ),
     (r".*/kernel_\w+\.cuh", [COMMON, OWN, KERNELS]),
     (

@@ -6,6 +6,7 @@
 #include "common/simd.h"
 #include "conv_relu_pool/op.h"
 #include "conv_relu_pool/speed.h"
+#include "optim/op_plan.h"
 
 TORCH_LIBRARY(dlfast, m) {
   // The public operator. It is a composite of the differentiable one below it.
@@ -43,24 +44,6 @@ TORCH_LIBRARY(dlfast, m) {
   m.def(
       "_relu_pool2d_transpose(Tensor grad_input, Tensor code, str? activation, str? pool, "
       "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode) -> Tensor");
-
-  // ---- Optimizer steps ------------------------------------------------------------------------------
-  // One step of all parameters of one dtype and device. groups[i] is the group of params[i]; float[],
-  // bool[] and lr_tensors (empty, or in place of lr) have one entry per group. momentum_buffers and steps
-  // of SGD have one tensor for each parameter whose group has momentum, max_exp_avg_sqs for each whose
-  // group has amsgrad. steps count the steps taken; arrived is an int32 of the device, 0 between steps,
-  // needed on CUDA where steps are counted. A step whose found_inf is not 0 changes nothing.
-  m.def(
-      "_sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] steps, "
-      "int[] groups, *, float[] lr, Tensor[] lr_tensors, float[] momentum, float[] dampening, "
-      "float[] weight_decay, bool[] nesterov, bool[] maximize, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None, Tensor(d!)? arrived=None) -> ()");
-  m.def(
-      "_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, int[] groups, *, float[] lr, Tensor[] lr_tensors, "
-      "float[] beta1, float[] beta2, float[] eps, float[] weight_decay, bool[] amsgrad, "
-      "bool[] decoupled_weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None, "
-      "Tensor(f!)? arrived=None) -> ()");
 }
 
 namespace {
@@ -103,4 +86,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Multiplications and additions of float32 per second that the threads of ATen reach");
   m.def("peak_bandwidth", dlfast::peak_bandwidth, py::call_guard<py::gil_scoped_release>(),
         "Bytes per second that the threads of ATen read and write when copying memory");
+  dlfast::optim::bind_plan(m);
 }

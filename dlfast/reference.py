@@ -144,3 +144,112 @@ def adam_step(
     exp_avg_sq.copy_(v)
     denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
     param.copy_(p - (lr / (1 - beta1**step)) * m / denominator)
+
+
+@torch.no_grad()
+def lion_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """One step of :class:`dlfast.optim.Lion`."""
+    real = _compute_dtype(param.dtype)
+    p, m = param.to(real), exp_avg.to(real)
+    g = -grad.to(real) if maximize else grad.to(real)
+    direction = (beta1 * m + (1 - beta1) * g).sign()
+    param.copy_(p * (1 - lr * weight_decay) - lr * direction)
+    exp_avg.copy_(beta2 * m + (1 - beta2) * g)
+
+
+@torch.no_grad()
+def rmsprop_step(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    grad_avg: Tensor | None,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """One step of :class:`dlfast.optim.RMSprop`; `grad_avg` is there where it is centered."""
+    real = _compute_dtype(param.dtype)
+    p = param.to(real)
+    g = -grad.to(real) if maximize else grad.to(real)
+    if weight_decay != 0:
+        g = g + weight_decay * p
+    v = second = alpha * square_avg.to(real) + (1 - alpha) * g * g
+    square_avg.copy_(v)
+    if grad_avg is not None:
+        mean = alpha * grad_avg.to(real) + (1 - alpha) * g
+        grad_avg.copy_(mean)
+        second = (v - mean * mean).clamp(min=0)
+    update = g / (second.sqrt() + eps)
+    if momentum_buffer is not None:
+        update = momentum * momentum_buffer.to(real) + update
+        momentum_buffer.copy_(update)
+    param.copy_(p - lr * update)
+
+
+@torch.no_grad()
+def adagrad_step(
+    param: Tensor,
+    grad: Tensor,
+    sum: Tensor,
+    *,
+    step: float,
+    lr: float,
+    lr_decay: float = 0.0,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Step number `step` (1 for the first) of :class:`dlfast.optim.Adagrad`."""
+    real = _compute_dtype(param.dtype)
+    p = param.to(real)
+    g = -grad.to(real) if maximize else grad.to(real)
+    if weight_decay != 0:
+        g = g + weight_decay * p
+    total = sum.to(real) + g * g
+    sum.copy_(total)
+    param.copy_(p - lr / (1 + (step - 1) * lr_decay) * g / (total.sqrt() + eps))
+
+
+@torch.no_grad()
+def lamb_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Step number `step` (1 for the first) of :class:`dlfast.optim.LAMB`."""
+    real = _compute_dtype(param.dtype)
+    p = param.to(real)
+    g = -grad.to(real) if maximize else grad.to(real)
+    m = beta1 * exp_avg.to(real) + (1 - beta1) * g
+    v = beta2 * exp_avg_sq.to(real) + (1 - beta2) * g * g
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    denominator = v.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    direction = m / (1 - beta1**step) / denominator + weight_decay * p
+    norms = [t.to(torch.float64).square().sum().sqrt() for t in (p, direction)]
+    trust = (norms[0] / norms[1]).item() if norms[0] > 0 and norms[1] > 0 else 1.0
+    param.copy_(p - lr * trust * direction)

@@ -8,7 +8,7 @@ import dlfast.optim
 STEPS = 100
 
 # Algorithm and options; learning rates large enough that a wrong term shows.
-CASES = [
+TORCH_CASES = [
     ("SGD", {"lr": 0.05}),
     ("SGD", {"lr": 0.05, "weight_decay": 0.1, "maximize": True}),
     ("SGD", {"lr": 0.05, "momentum": 0.9}),
@@ -23,11 +23,41 @@ CASES = [
     ("AdamW", {"lr": 0.05}),
     ("AdamW", {"lr": 0.05, "weight_decay": 0.3, "amsgrad": True}),
     ("AdamW", {"lr": 0.05, "betas": (0.8, 0.95), "maximize": True}),
+    ("RMSprop", {"lr": 0.02}),
+    ("RMSprop", {"lr": 0.02, "alpha": 0.8, "eps": 1e-3, "weight_decay": 0.1, "maximize": True}),
+    ("RMSprop", {"lr": 0.02, "momentum": 0.7}),
+    ("RMSprop", {"lr": 0.02, "alpha": 0.8, "centered": True}),
+    ("RMSprop", {"lr": 0.02, "alpha": 0.8, "centered": True, "momentum": 0.5, "weight_decay": 0.1}),
+    ("Adagrad", {"lr": 0.1}),
+    ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5}),
+    ("Adagrad", {"lr": 0.1, "eps": 1e-2, "maximize": True}),
 ]
+PAPER_CASES = [
+    ("Lion", {"lr": 0.02}),
+    ("Lion", {"lr": 0.02, "betas": (0.7, 0.8), "weight_decay": 0.3, "maximize": True}),
+    ("LAMB", {"lr": 0.02}),
+    ("LAMB", {"lr": 0.02, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3, "maximize": True}),
+]
+CASES = TORCH_CASES + PAPER_CASES
+TORCH_IDS = [f"{name}-{'-'.join(options)}" for name, options in TORCH_CASES]
 CASE_IDS = [f"{name}-{'-'.join(options)}" for name, options in CASES]
 
-# Sizes around every vector width (2 to 16 elements), the CPU's unit of work (1024) and the GPU's (4096).
-SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 1023, 1024, 1025, 4095, 4096, 4097]
+TORCH_NAMES = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
+NAMES = [*TORCH_NAMES, "Lion", "LAMB"]
+# For tests of anything but the arithmetic.
+OPTIONS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+    "Adam": {"lr": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.1, "weight_decay": 0.2},
+    "RMSprop": {"lr": 0.02, "momentum": 0.5, "centered": True, "alpha": 0.8},
+    "Adagrad": {"lr": 0.1, "initial_accumulator_value": 0.1},
+    "Lion": {"lr": 0.05, "weight_decay": 0.2},
+    "LAMB": {"lr": 0.05},
+}
+
+# Sizes around every vector width (2 to 16 elements), the CPU's chunk (1024) and unit (4096), the blocks of int8
+# states (256) and the GPU's unit (4096).
+SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 255, 257, 1023, 1024, 1025, 4095, 4096, 4097]
 
 
 def make(lib, name, options, params):
@@ -73,3 +103,20 @@ def assert_same(mine, theirs, bound):
             atol=bound * scale,
             msg=lambda m, i=i: f"tensor {i}: {m}",
         )
+
+
+def forgive_signs(mine, theirs, lr, bound, at_most=2):
+    """Lion's direction may lie within rounding of 0, which makes a step the other way: some one of a million,
+    and more where numbers are as coarse as in 16 bits."""
+    flips = 0
+    with torch.no_grad():
+        for a, b in zip(mine, theirs, strict=True):
+            if b.numel() == 0:
+                continue
+            scale = max(1.0, b.abs().max().item())
+            flipped = (a - b).abs() > bound * scale
+            flips += flipped.sum().item()
+            # Two steps, and what the rounding of the parameter makes of them.
+            assert ((a - b).abs()[flipped] < 4 * lr + 2 * bound * scale).all()
+            a[flipped] = b[flipped]
+    assert flips <= at_most

@@ -2,7 +2,22 @@
 
 import pytest
 import torch
-from optim_cases import CASE_IDS, CASES, SIZES, STEPS, assert_same, pair, set_grads, tolerance
+from optim_cases import (
+    CASE_IDS,
+    CASES,
+    NAMES,
+    OPTIONS,
+    SIZES,
+    STEPS,
+    TORCH_CASES,
+    TORCH_IDS,
+    TORCH_NAMES,
+    assert_same,
+    forgive_signs,
+    pair,
+    set_grads,
+    tolerance,
+)
 from torch import nn
 
 import dlfast.optim
@@ -23,7 +38,7 @@ def tensors(dtype, shapes=SHAPES):
 @pytest.mark.parametrize(
     ("dtype", "fused"), [(torch.float32, None), (torch.float64, None), (torch.float64, False)], ids=str
 )
-@pytest.mark.parametrize(("name", "options"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(("name", "options"), TORCH_CASES, ids=TORCH_IDS)
 def test_same_numbers_as_torch(name, options, dtype, fused):
     start = tensors(dtype)
     (theirs, torch_opt), (mine, opt) = pair(name, options, start, fused=fused)
@@ -58,6 +73,8 @@ def test_16_bit_rounds_as_the_reference(name, options, dtype):
         set_grads(generator, plain, mine)
         plain_opt.step()
         opt.step()
+    if name == "Lion":
+        forgive_signs(mine, plain, options["lr"], 2 * torch.finfo(dtype).eps, at_most=20)
     assert_same(mine, plain, 2 * torch.finfo(dtype).eps)
     same = sum((a == b).sum().item() for a, b in zip(mine, plain, strict=True))
     assert same >= 0.9 * sum(p.numel() for p in mine)
@@ -65,7 +82,7 @@ def test_16_bit_rounds_as_the_reference(name, options, dtype):
 
 # torch rounds after every operation, we once: eight roundings of half a unit each for ten steps.
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize(("name", "options"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(("name", "options"), TORCH_CASES, ids=TORCH_IDS)
 def test_16_bit_stays_near_torch(name, options, dtype):
     (theirs, torch_opt), (mine, opt) = pair(name, options, tensors(dtype))
     generator = torch.Generator().manual_seed(2)
@@ -79,10 +96,10 @@ def test_16_bit_stays_near_torch(name, options, dtype):
 @needs_native
 @pytest.mark.parametrize("dtype", FULL + LOW, ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 3])
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_size_and_alignment(name, offset, dtype):
     """Each size alone in its step, so that it is first and last tensor; guards catch overruns."""
-    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1, "amsgrad": True}
+    options = OPTIONS[name]
     generator = torch.Generator().manual_seed(3)
     for size in SIZES:
         whole = torch.randn(size + offset + 16, generator=generator).to(dtype)
@@ -96,7 +113,7 @@ def test_every_size_and_alignment(name, offset, dtype):
             p.grad, q.grad = g[offset : offset + size], g[offset : offset + size].clone()
             opt.step()
             plain.step()
-        assert_same([p], [q], 2 * torch.finfo(dtype).eps)
+        assert_same([p], [q], 4 * torch.finfo(dtype).eps)
         assert torch.equal(guarded[:offset], whole[:offset])
         assert torch.equal(guarded[offset + size :], whole[offset + size :])
 
@@ -140,10 +157,10 @@ def layouts():
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 @pytest.mark.parametrize("grad_layout", ["contiguous", "like", "expanded", "reversed"])
 @pytest.mark.parametrize("layout", layouts())
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", TORCH_NAMES)
 def test_layouts_of_parameter_and_gradient(name, layout, grad_layout, fused):
     base = layouts()[layout]
-    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
+    options = OPTIONS[name]
     mine = base.detach().requires_grad_()
     theirs = base.clone().contiguous().requires_grad_()
     opt = getattr(dlfast.optim, name)([mine], fused=fused, **options)
@@ -195,9 +212,9 @@ def test_groups_dtypes_and_missing_gradients(name):
             assert opt.state[a]["step"] == torch_opt.state[b]["step"]
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", TORCH_NAMES)
 def test_parameters_that_share_memory_step_one_after_the_other(name):
-    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
+    options = OPTIONS[name]
     results = []
     for lib in (torch.optim, dlfast.optim):
         memory = torch.linspace(-1, 1, 5000)
@@ -212,9 +229,9 @@ def test_parameters_that_share_memory_step_one_after_the_other(name):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", TORCH_NAMES)
 def test_infinities_and_nan_pass_as_in_torch(name):
-    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1, "amsgrad": True}
+    options = OPTIONS[name]
     start = torch.tensor([1.0, float("inf"), -float("inf"), float("nan"), 2.0, 0.0, -0.0, 1e-42, 3.0])
     grad = torch.tensor([float("nan"), 1.0, 1.0, 1.0, float("inf"), -float("inf"), 0.0, 1e-42, 1e30])
     (theirs, torch_opt), (mine, opt) = pair(name, options, [start])

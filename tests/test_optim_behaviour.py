@@ -7,23 +7,19 @@ import os
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
-from optim_cases import assert_same, pair, set_grads, tolerance
+from optim_cases import NAMES, OPTIONS, TORCH_NAMES, assert_same, pair, set_grads, tolerance
 from torch import nn
 
 import dlfast.optim
 from dlfast._native import native
 
-NAMES = ["SGD", "Adam", "AdamW"]
-OPTIONS = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
-    "Adam": {"lr": 0.1, "amsgrad": True},
-    "AdamW": {"lr": 0.1, "weight_decay": 0.2},
-}
 needs_native = pytest.mark.skipif(native.module is None, reason="no compiled extension")
 by_name = pytest.mark.parametrize("name", NAMES)
+by_torch_name = pytest.mark.parametrize("name", TORCH_NAMES)
 engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 
 
@@ -39,11 +35,12 @@ def steps(generator, runs, count):
             opt.step()
 
 
-@by_name
+@by_torch_name
 def test_signature_and_defaults_are_torchs(name):
-    ours, theirs = (inspect.signature(getattr(lib, name)) for lib in (dlfast.optim, torch.optim))
-    assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
-        (p.name, p.kind, p.default) for p in theirs.parameters.values()
+    ours, theirs = (inspect.signature(getattr(lib, name)).parameters for lib in (dlfast.optim, torch.optim))
+    added = {"fused", "extra"} if name == "RMSprop" else {"extra"}  # which torch has of the others
+    assert [(p.name, p.kind, p.default) for p in ours.values() if p.name not in added] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
     ]
     (_, torch_opt), (_, opt) = pair(name, {}, start())
     assert opt.defaults == torch_opt.defaults
@@ -51,7 +48,7 @@ def test_signature_and_defaults_are_torchs(name):
     assert list(opt.param_groups[0]) == list(torch_opt.param_groups[0])
 
 
-@by_name
+@by_torch_name
 @pytest.mark.parametrize("direction", ["from_torch", "to_torch"])
 def test_run_continues_in_the_other_library(name, direction):
     torch_run, our_run = pair(name, OPTIONS[name], start())
@@ -76,7 +73,7 @@ def test_run_continues_in_the_other_library(name, direction):
     assert_same(fresh_params, source[0], tolerance(torch.float32, 14))
 
 
-@by_name
+@by_torch_name
 def test_loaded_options_of_the_engine_stay_those_of_the_optimizer(name):
     saved = getattr(torch.optim, name)([nn.Parameter(torch.ones(3))], foreach=True).state_dict()
     opt = getattr(dlfast.optim, name)([nn.Parameter(torch.ones(3))])
@@ -116,14 +113,16 @@ def test_copies_step_on_their_own(name, how):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model2.parameters(), strict=True))
 
 
-@by_name
+@by_torch_name
 @engines
 def test_schedulers_added_groups_and_tensor_lr(name, fused):
     runs = pair(name, OPTIONS[name], start(), fused=fused)
     extra = []
     schedulers = []
     for _, opt in runs:
-        schedulers.append(torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.2, total_steps=40))
+        schedulers.append(
+            torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.2, total_steps=40, cycle_momentum=name != "Adagrad")
+        )
         extra.append(nn.Parameter(torch.full((9,), 0.5)))
     generator = torch.Generator().manual_seed(1)
     for step in range(30):
@@ -206,7 +205,7 @@ def test_skipped_step_changes_nothing(name, fused, dtype, skipped):
             assert_same([opt.state[a][key]], [value], 4 * torch.finfo(dtype).eps)
 
 
-@by_name
+@by_torch_name
 @engines
 def test_grad_scaler(name, fused):
     """The run of a scaled loss with an overflow in the first and third step, against unscaled torch."""
@@ -248,7 +247,12 @@ def test_bad_options_are_refused_by_name(name):
     p = nn.Parameter(torch.ones(3))
     nan = float("nan")
     bad = [("lr", nan), ("lr", -1.0), ("lr", torch.ones(2)), ("weight_decay", nan), ("weight_decay", -0.1)]
-    bad += [("momentum", nan), ("momentum", -1), ("dampening", nan)] if name == "SGD" else [("eps", nan), ("eps", -1)]
+    bad += {
+        "SGD": [("momentum", nan), ("momentum", -1), ("dampening", nan)],
+        "RMSprop": [("alpha", nan), ("alpha", 1.0), ("momentum", -1), ("eps", nan)],
+        "Adagrad": [("lr_decay", nan), ("eps", -1), ("initial_accumulator_value", -1)],
+        "Lion": [],
+    }.get(name, [("eps", nan), ("eps", -1)])
     for option, value in bad:
         with pytest.raises(ValueError, match=option):
             make([p], **{option: value})
@@ -260,16 +264,18 @@ def test_bad_options_are_refused_by_name(name):
         make([p], lr="fast")
     with pytest.raises(ValueError, match="empty parameter list"):
         make([])
-    for option in ("foreach", "differentiable"):
-        with pytest.raises(RuntimeError, match=f"{option}=True"):
-            make([p], **{option: True})
+    if name in TORCH_NAMES:
+        for option in ("foreach", "differentiable"):
+            with pytest.raises(RuntimeError, match=f"{option}=True"):
+                make([p], **{option: True})
     if name == "SGD":
         with pytest.raises(ValueError, match="nesterov needs a momentum"):
             make([p], nesterov=True)
-    else:
+    if name in ("Adam", "AdamW", "Lion", "LAMB"):
         for betas in [(1.0, 0.9), (0.9, -0.1), (nan, 0.9), (0.9, nan)]:
             with pytest.raises(ValueError, match=r"betas\[[01]\] must be in \[0, 1\)"):
                 make([p], betas=betas)
+    if name in ("Adam", "AdamW", "RMSprop"):
         opt = make([p], capturable=True)
         p.grad = torch.ones(3)
         with pytest.raises(RuntimeError, match="capturable"):
@@ -298,96 +304,126 @@ def test_bad_tensors_are_refused_before_anything_changes(name):
     with pytest.raises(RuntimeError, match="overlaps itself"):
         opt.step()
     assert torch.equal(good.detach(), torch.ones(3))
-    assert all(v == 0 if v.dim() == 0 else not v.any() for s in opt.state.values() for v in s.values())
+    assert name == "Adagrad" or not opt.state
     with pytest.raises(ValueError, match="more than one parameter group"):
         opt.add_param_group({"params": [("again", good)]})
 
 
-def test_lr_that_turns_nan_is_refused_before_anything_changes():
-    p = nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
-    opt = dlfast.optim.SGD([p])
-    opt.param_groups[0]["lr"] = float("nan")
-    with pytest.raises(ValueError, match=r"lr of param_groups\[0\] is NaN"):
-        opt.step()
-    assert torch.equal(p.detach(), torch.ones(3))
-
-
-def sgd_arguments(n=3, **changes):
-    torch.manual_seed(0)
-    values = {
-        "params": [torch.randn(20) for _ in range(n)],
-        "grads": [torch.randn(20) for _ in range(n)],
-        "momentum_buffers": [torch.zeros(20) for _ in range(n)],
-        "steps": [torch.zeros(()) for _ in range(n)],
-        "groups": [0] * n,
-        "lr": [0.1],
-        "lr_tensors": [],
-        "momentum": [0.9],
-        "dampening": [0.1],
-        "weight_decay": [0.1],
-        "nesterov": [False],
-        "maximize": [False],
-    }
-    return {**values, **changes}
-
-
-def adam_arguments(**changes):
-    values = sgd_arguments()
-    states = {k: [torch.zeros(20) for _ in range(3)] for k in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")}
-    kept = {k: values[k] for k in ("params", "grads", "steps", "groups", "lr", "lr_tensors", "weight_decay")}
-    rest = {"beta1": [0.9], "beta2": [0.99], "eps": [1e-8], "amsgrad": [True], "maximize": [False]}
-    return {**kept, **states, **rest, "decoupled_weight_decay": [False], **changes}
-
-
-def call(op, values):
-    names = [a.name for a in op._schema.arguments if not a.kwarg_only]
-    args = [values[k] for k in names]
-    return args, {k: v for k, v in values.items() if k not in names}
-
-
-@needs_native
-@pytest.mark.parametrize("op", ["_sgd_step_", "_adam_step_"])
-def test_opcheck(op):
-    overload = getattr(torch.ops.dlfast, op).default
-    values = sgd_arguments() if op == "_sgd_step_" else adam_arguments()
-    for extra in ({}, {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}):
-        args, kwargs = call(overload, {**values, **extra})
-        torch.library.opcheck(overload, args, kwargs)
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"grads": [torch.ones(20)] * 2}, "grads must hold one entry"),
-        ({"grads": [torch.ones(19)] * 3}, r"grads\[0\] has shape"),
-        ({"grads": [torch.ones(20).double()] * 3}, r"grads\[0\] has dtype"),
-        ({"momentum_buffers": [torch.zeros(20)] * 2}, "momentum_buffers has only 2"),
-        ({"momentum_buffers": [torch.zeros(1).expand(20)] * 3}, r"momentum_buffers\[0\] overlaps"),
-        ({"groups": [0, 1, 0]}, "momentum_buffers|groups"),
-        ({"groups": [0, -1, 0]}, "momentum_buffers|groups"),
-        ({"momentum": [0.9, 0.1]}, "momentum must hold one entry"),
-        ({"steps": [torch.zeros(2)] * 3}, r"steps\[0\] must have one element"),
-        ({"steps": [torch.zeros((), dtype=torch.int64)] * 3}, r"steps\[0\] must be float32"),
-        ({"found_inf": torch.zeros(2)}, "found_inf must be one"),
-        ({"grad_scale": torch.ones((), dtype=torch.float64)}, "grad_scale must be one"),
-        ({"lr_tensors": [torch.ones(3)]}, r"lr_tensors\[0\] must be one"),
-        ({"params": [torch.ones(20).to(torch.int32)] * 3}, r"params\[0\] has dtype"),
-        ({"params": [torch.ones(20), torch.ones(20).half(), torch.ones(20)]}, "one dtype and device"),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_operator_refuses_by_name(changes, message):
-    values = sgd_arguments(**changes)
-    before = [p.clone() for p in values["params"]]
-    args, kwargs = call(torch.ops.dlfast._sgd_step_.default, values)
-    with pytest.raises((RuntimeError, IndexError), match=message):
-        torch.ops.dlfast._sgd_step_(*args, **kwargs)
-    assert all(torch.equal(a, b) for a, b in zip(before, values["params"], strict=True))
-
-
 @by_name
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "betas", "eps", "momentum", "alpha"])
+def test_option_that_turns_nan_is_refused_before_anything_changes(name, option):
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad, q.grad = torch.ones(3), torch.ones(3, dtype=torch.float64)
+    opt = getattr(dlfast.optim, name)([{"params": [p]}, {"params": [q]}])
+    if option not in opt.param_groups[1]:
+        pytest.skip("has no such option")
+    opt.step()
+    before = p.detach().clone(), q.detach().clone()
+    opt.param_groups[1][option] = (0.9, float("nan")) if option == "betas" else float("nan")
+    with pytest.raises(ValueError, match=rf"param_groups\[1\]: {option}"):
+        opt.step()
+    assert torch.equal(p.detach(), before[0])
+    assert torch.equal(q.detach(), before[1])
+
+
+@engines
+def test_wrong_state_in_one_dtype_is_refused_before_another_is_written(fused):
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad, q.grad = torch.ones(3), torch.ones(3, dtype=torch.float64)
+    opt = dlfast.optim.Adam([p, q], fused=fused)
+    opt.step()
+    before = p.detach().clone()
+    opt.state[q]["exp_avg"] = torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"exp_avg of param_groups\[0\]\['params'\]\[1\] has shape \(4,\)"):
+        opt.step()
+    assert torch.equal(p.detach(), before)
+
+
+def changes_of_a_prepared_step():
+    def new_gradient(opt, p):
+        p.grad = p.grad.clone()
+
+    def no_gradient(opt, p):
+        p.grad = None
+
+    def transposed_gradient(opt, p):
+        p.grad = p.grad.t().contiguous().t()
+
+    def replaced_state(opt, p):
+        opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].clone()
+
+    def replaced_entry(opt, p):
+        opt.state[p] = {k: v.clone() for k, v in opt.state[p].items()}
+
+    def cleared_state(opt, p):
+        opt.state.clear()
+
+    def moved_state(opt, p):
+        opt.state[p]["exp_avg_sq"].data = opt.state[p]["exp_avg_sq"].clone()
+
+    def moved_parameter(opt, p):
+        p.data = p.data.clone()
+
+    def other_layout(opt, p):
+        p.data = p.data.t().contiguous().t()
+
+    def amsgrad(opt, p):
+        opt.param_groups[0]["amsgrad"] = True
+
+    def plain(opt, p):
+        opt.param_groups[0]["fused"] = False
+
+    def group_by_hand(opt, p):
+        q = nn.Parameter(torch.ones(5))
+        q.grad = torch.ones(5)
+        opt.param_groups[0]["params"].append(q)
+
+    def new_group(opt, p):
+        q = nn.Parameter(torch.ones(5))
+        q.grad = torch.ones(5)
+        opt.add_param_group({"params": [q], "lr": 0.5})
+
+    return [f for f in locals().values() if callable(f)]
+
+
+@pytest.mark.parametrize("change", changes_of_a_prepared_step(), ids=lambda f: f.__name__)
+def test_a_prepared_step_notices_every_change(change):
+    """The plan of the steps before must not be taken for what has changed since: against plain PyTorch."""
+    runs = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(8, 6)) for _ in range(3)]
+        # The second moment goes up and down, so that its maximum is another number.
+        opt = dlfast.optim.Adam(params, lr=0.1, betas=(0.5, 0.5), fused=fused)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(6):
+            set_grads(generator, params)
+            if step == 3:
+                change(opt, params[1])
+            opt.step()
+        runs.append([p for group in opt.param_groups for p in group["params"]])
+    assert_same(runs[0], runs[1], 1e-6)
+
+
+def test_more_than_two_billion_elements_are_split_right():
+    """The arithmetic of indices, without the memory: parts are in order, cover all and weigh nearly the same."""
+    if native.module is None:
+        pytest.skip("no compiled extension")
+    numels = [5, 2**31 + 7, 0, 2**33 - 1, 4096, 1]
+    total = sum(numels)
+    for parts in (1, 2, 3, 64):
+        cuts = native.module.split_work(numels, parts)
+        assert cuts[0] == (0, 0)
+        assert cuts[-1] == (len(numels), 0)
+        assert cuts == sorted(cuts)
+        starts = [sum(numels[:tensor]) + element for tensor, element in cuts]
+        assert all(element % 4096 == 0 for _, element in cuts)
+        shares = [b - a for a, b in pairwise(starts)]
+        assert sum(shares) == total
+        assert max(shares) - min(shares) <= 3 * 4096
+
+
+@by_torch_name
 @pytest.mark.slow
 def test_compiled_training_step(name):
     torch.manual_seed(0)
@@ -415,7 +451,7 @@ def test_compiled_training_step(name):
 def test_without_the_extension():
     code = (
         "import torch, dlfast.optim, dlfast._native\n"
-        "for name in ('SGD', 'Adam', 'AdamW'):\n"
+        "for name in ('SGD', 'Adam', 'AdamW', 'RMSprop', 'Adagrad'):\n"
         "    runs = []\n"
         "    for lib in (torch.optim, dlfast.optim):\n"
         "        p = torch.nn.Parameter(torch.linspace(-1, 1, 40))\n"

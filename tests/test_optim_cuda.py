@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from optim_cases import CASE_IDS, CASES, SIZES, assert_same, set_grads, tolerance
+from optim_cases import CASE_IDS, CASES, NAMES, OPTIONS, SIZES, TORCH_NAMES, assert_same, set_grads, tolerance
 from torch import nn
 
 import dlfast.optim
@@ -16,13 +16,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-OPTIONS = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
-    "Adam": {"lr": 0.1, "amsgrad": True},
-    "AdamW": {"lr": 0.1, "weight_decay": 0.2},
-}
 SHAPES = [(37,), (5, 3), (), (0, 2), (4100,)]
-by_name = pytest.mark.parametrize("name", list(OPTIONS))
+by_name = pytest.mark.parametrize("name", TORCH_NAMES)
 
 
 def start(dtype=torch.float32, shapes=SHAPES):
@@ -34,7 +29,7 @@ def runs(name, options, tensors):
     """On the CPU in plain PyTorch (torch.optim where it rounds as we do), and on CUDA."""
     cpu = [nn.Parameter(t.clone()) for t in tensors]
     gpu = [nn.Parameter(t.cuda()) for t in tensors]
-    plain = tensors[0].dtype in (torch.bfloat16, torch.float16)
+    plain = tensors[0].dtype in (torch.bfloat16, torch.float16) or name not in TORCH_NAMES
     oracle = getattr(dlfast.optim if plain else torch.optim, name)
     cpu_opt = oracle(cpu, fused=False, **options) if plain else oracle(cpu, **options)
     return (cpu, cpu_opt), (gpu, getattr(dlfast.optim, name)(gpu, **options))
@@ -62,7 +57,7 @@ def test_same_numbers_as_the_cpu(name, options, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 3])
-@by_name
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "LAMB"])
 def test_every_size_and_alignment(name, offset, dtype):
     whole = [t.cuda() for t in start(dtype, [(n + offset + 16,) for n in SIZES])]
     guarded = [w.clone() for w in whole]
@@ -124,11 +119,11 @@ def test_skipped_step_changes_nothing(name, skipped):
         after = opt.state_dict()["state"]
         for i, entry in before[1]["state"].items():
             assert all(torch.equal(after[i][key], value) for key, value in entry.items())
-        if step == 0:  # as good as no state
+        if step == 0 and name != "Adagrad":  # as good as no state; torch makes Adagrad's at construction
             assert name != "SGD" or not after
             assert all(not value.any() for entry in after.values() for value in entry.values())
     assert_same(gpu, clean, tolerance(torch.float32, 5))
-    if name != "SGD":
+    if name not in ("SGD", "Lion"):
         assert all(s["step"] == 5 - len(skipped) for s in opt.state.values())
 
 

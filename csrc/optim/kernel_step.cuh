@@ -15,20 +15,24 @@ constexpr int kThreads = 256;
 constexpr int kUnit = 4096;
 constexpr int kPackBytes = 16;
 
+// The hyper-parameters of a group, whatever the rule.
+struct GroupRef {
+  double numbers[kMaxHyper];
+};
+
 // The tensors of a launch, in kernel arguments (at most 4096 bytes of them) ...
-template <typename Group, int kTensors, int kGroups>
+template <int kTensors, int kGroups>
 struct ArgumentTable {
   static constexpr int kMaxTensors = kTensors;
   static constexpr int kMaxGroups = kGroups;
   TensorRef tensors[kTensors];
-  Group groups[kGroups];
+  GroupRef groups[kGroups];
 };
 
 // ... or in device memory.
-template <typename Group>
 struct MemoryTable {
   const TensorRef* tensors;
-  const Group* groups;
+  const GroupRef* groups;
 };
 
 struct StepScalars {
@@ -36,6 +40,7 @@ struct StepScalars {
   const float* grad_scale;  // null: 1
   const float* found_inf;   // null: 0
   unsigned* arrived;        // 0 between launches; null: no step counters are kept
+  const GroupRef* groups;   // in device memory, in place of the table's; or null
 };
 
 template <typename Rule, typename Real>
@@ -165,10 +170,18 @@ __device__ __forceinline__ void update_unit(
   for (int i = packed + thread; i < count; i += kThreads) update_pack<Rule, T, states, 1>(t, begin, i, c);
 }
 
-__device__ __forceinline__ double learning_rate(const LearningRate& lr) {
-  if (lr.device_value == nullptr) return lr.value;
-  return lr.device_is_double ? *static_cast<const double*>(lr.device_value)
-                             : static_cast<double>(*static_cast<const float*>(lr.device_value));
+// With as many states as the tensor has.
+template <typename Rule, typename T, int states>
+__device__ __forceinline__ void update_unit_of(
+    const TensorRef& t, int64_t begin, int thread,
+    const typename Rule::template Constants<typename Real<T>::type>& c) {
+  if constexpr (states > Rule::kMinStates) {
+    if (t.state[states - 1] == nullptr) {
+      update_unit_of<Rule, T, states - 1>(t, begin, thread, c);
+      return;
+    }
+  }
+  update_unit<Rule, T, states>(t, begin, thread, c);
 }
 
 // The tensor that holds `unit`: the last one whose first unit is not after it.
@@ -190,11 +203,16 @@ __device__ __forceinline__ void step_block(const Table& table, const StepScalars
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   if (thread == 0) {
     shared.tensor = table.tensors[find_tensor(table, scalars.count, block)];
-    const auto& group = table.groups[shared.tensor.group];
-    const double step = shared.tensor.step == nullptr ? 1.0 : *shared.tensor.step + 1.0;
-    const double factor = scalars.grad_scale == nullptr ? 1.0 : 1.0 / *scalars.grad_scale;
-    shared.constants =
-        Rule::template prepare<typename Real<T>::type>(group, learning_rate(group.lr), step, factor);
+    typename Rule::Group group;
+    const GroupRef* groups = scalars.groups == nullptr ? table.groups : scalars.groups;
+    memcpy(&group, groups[shared.tensor.group].numbers, sizeof(group));
+    const auto* taken = static_cast<const float*>(shared.tensor.step);
+    const StepFacts facts{
+        .step = taken == nullptr ? 1.0 : *taken + 1.0,
+        .grad_factor = scalars.grad_scale == nullptr ? 1.0 : 1.0 / *scalars.grad_scale,
+        .trust = 1,
+    };
+    shared.constants = Rule::template prepare<typename Real<T>::type>(group, facts);
     shared.last = false;
     if (scalars.arrived != nullptr) {
       // The counters may advance once every block has read them: the last block to come here does it.
@@ -207,20 +225,14 @@ __device__ __forceinline__ void step_block(const Table& table, const StepScalars
   __syncthreads();
   if (shared.last) {
     for (int64_t i = thread; i < scalars.count; i += kThreads) {
-      float* step = table.tensors[i].step;
+      auto* step = static_cast<float*>(table.tensors[i].step);
       if (step != nullptr) *step += 1;
     }
   }
 
   const TensorRef& t = shared.tensor;
   const int64_t begin = (static_cast<int64_t>(block) - t.first_unit) * kUnit;
-  if constexpr (Rule::kMinStates != Rule::kMaxStates) {
-    if (t.state[Rule::kMaxStates - 1] == nullptr) {
-      update_unit<Rule, T, Rule::kMinStates>(t, begin, thread, shared.constants);
-      return;
-    }
-  }
-  update_unit<Rule, T, Rule::kMaxStates>(t, begin, thread, shared.constants);
+  update_unit_of<Rule, T, Rule::kMaxStates>(t, begin, thread, shared.constants);
 }
 
 }  // namespace dlfast::optim

@@ -1,52 +1,67 @@
 // What one native optimizer step is told, as plain data: no Torch, no CUDA.
 //
-// A step updates any number of tensors of one dtype. Each belongs to a group, which carries the
-// hyper-parameters, as in torch.optim's param_groups.
+// A step updates any number of tensors. Each belongs to a group, which carries the hyper-parameters, as in
+// torch.optim's param_groups; a group is the rule's struct of doubles (step.h).
 #pragma once
 
 #include <cstdint>
 
 namespace dlfast::optim {
 
-enum class Number : int { float32, float64, bfloat16, float16 };
+// The order is that of kRuleNames in step.h.
+enum class Algorithm : int { sgd, adam, lion, rmsprop, adagrad, lamb };
+constexpr int kAlgorithms = 6;
+
+// How numbers lie in memory. code8 is one byte per number and one float scale per kCodeBlock numbers:
+// `code8_signed` for moments of either sign, `code8_unsigned` for those that are never negative.
+enum class Format : uint8_t { float32, float64, bfloat16, float16, code8_signed, code8_unsigned };
+
+// Where the exact value of a 16-bit parameter is kept beside it: nowhere; the lower half of a float whose
+// upper half, rounded, is the bfloat16 parameter; or a float.
+enum class Master : uint8_t { none, low_half, full };
 
 constexpr int kMaxStates = 3;
+constexpr int kCodeBlock = 256;
+// Numbers of the longest group (AdamGroup of step.h).
+constexpr int kMaxHyper = 8;
+
+inline int64_t code_blocks(int64_t numel) {
+  return (numel + kCodeBlock - 1) / kCodeBlock;
+}
 
 // The pointers address `numel` elements, without gaps, in one common order.
 struct TensorRef {
   void* param;
-  const void* grad;
-  void* state[kMaxStates];  // in the rule's order (step.h); null where this tensor has none
-  float* step;              // steps taken so far, in device memory; null on the CPU and where none is kept
+  void* grad;                // written only where gradients are zeroed
+  void* state[kMaxStates];   // in the rule's order (step.h); null where this tensor has none
+  float* scale[kMaxStates];  // of states in code8
+  void* average;             // moving average of the parameter, float or double; null: none is kept
+  void* master;              // see `master_kind`
+  void* step;  // steps taken so far: float, or double where `step_is_double`; null where none is kept
   int64_t numel;
   int64_t first_unit;  // units of work in the tensors before this one
+  uint32_t id;         // tells this tensor's random numbers from those of others
   int32_t group;
+  Format number;  // of param and grad
+  Format state_format[kMaxStates];
+  Master master_kind;
+  bool stochastic_param;  // round param at random, in proportion
+  bool stochastic_state;
+  bool step_is_double;
 };
 
-// The learning rate is read from device memory where it is a tensor there: no wait for the host.
-struct LearningRate {
-  double value;
-  const void* device_value;  // float or double; null: use `value`
-  bool device_is_double;
-};
-
-struct SgdGroup {
-  LearningRate lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
-};
-
-struct AdamGroup {
-  LearningRate lr;
-  double beta1;
-  double beta2;
-  double eps;
-  double weight_decay;
-  bool decoupled_weight_decay;  // AdamW
-  bool maximize;
+// What a step does beside the update.
+struct StepOptions {
+  double grad_factor = 1;           // 1 over GradScaler's scale
+  double max_grad_value = -1;       // negative: no clipping by value
+  double max_grad_norm = -1;        // negative: no clipping by norm
+  double clip_factor = 1;           // of a norm that was taken before
+  double average_decay = 0;         // of TensorRef::average
+  bool measure_norm = false;        // of the gradients, before the update
+  bool skip_if_not_finite = false;  // the step finds infinities itself; needs measure_norm
+  bool zero_grad = false;
+  uint64_t seed = 0;         // of random rounding
+  uint64_t random_step = 0;  // counts the steps that drew random numbers
 };
 
 // Splits tensors into units of at most `size` elements, numbered across all tensors, so that work can be

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from dlfast.bench import accuracy, layers, problems, protocol, report
+from dlfast.bench import accuracy, layers, optim, problems, protocol, report
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
 from dlfast.models import NETWORKS
 from dlfast.plan import machine_speed
 
-TARGETS = [*NETWORKS, "layers", "optim", "accuracy"]
+TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "accuracy"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         rows += more_rows
         ratios += more_ratios
         notes += [f"{problem.name}: {note}" for note in problem.notes]
+        if problem.moved:
+            notes += protocol.bandwidths(problem, more_rows, optim.copy_bandwidth(device))
     facts["load average after"] = protocol.load_average()
     result = protocol.Report(facts, rows, ratios, notes, points, roofline)
     report.print_tables(result)
@@ -97,5 +99,4 @@ def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Proble
     yield from problems.networks([t for t in targets if t in NETWORKS], args.batch_size, compile, device)
     if "layers" in targets:
         yield from layers.problems(compile, device)
-    if "optim" in targets:
-        yield from problems.optimizers(device)
+    yield from optim.problems(targets, device)

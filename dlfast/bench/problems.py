@@ -1,4 +1,4 @@
-"""What is measured: networks, single blocks and optimizer steps, each as a list of variants to time.
+"""What is measured: networks and single blocks, each as a list of variants to time; see also optim.py.
 
 A variant of PyTorch is always one of its strongest modes: fused optimizers, channels_last beside the default
 format, and torch.compile of both.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,7 @@ class Problem:
     name: str
     variants: list[Variant]
     notes: list[str] = field(default_factory=list)  # variants that could not run, and why
+    moved: dict[str, int] = field(default_factory=dict)  # bytes that a call must read and write, where known
     group: str = ""  # ratios of a group have a mean of their own
     work: dict[str, Work] = field(default_factory=dict)  # of each call, where it is counted
 
@@ -104,39 +104,6 @@ def _add_network(
     calls: dict[str, Call] = {"forward": forward, "training step": step}
     weighed = None if compiled else model
     add(problem, Variant(label, ours, calls, weighed, images))
-
-
-def optimizers(device: str) -> Iterator[Problem]:
-    """One step over the parameters of a small and of a large network."""
-    lists = {"lenet": [p.shape for p in dlfast.models.lenet().parameters()], "resnet50": _resnet50()}
-    algorithms: dict[str, tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer], dict[str, Any]]] = {
-        "SGD momentum": (dlfast.optim.SGD, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}),
-        "Adam": (dlfast.optim.Adam, torch.optim.Adam, {"lr": 1e-3}),
-        "AdamW": (dlfast.optim.AdamW, torch.optim.AdamW, {"lr": 1e-3}),
-    }
-    modes: list[tuple[str, dict[str, Any]]] = [
-        ("PyTorch for-loop", {"foreach": False, "fused": False}),
-        ("PyTorch foreach", {"foreach": True}),
-        ("PyTorch fused", {"fused": True}),
-    ]
-    for name, shapes in lists.items():
-        for algorithm, (ours, theirs, options) in algorithms.items():
-            problem = Problem(f"{algorithm}, {name} ({len(shapes)} tensors)", [])
-            parameters = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
-            for parameter in parameters:
-                parameter.grad = torch.randn_like(parameter)
-            add(problem, Variant("dlfast", True, {"step": ours(parameters, **options).step}))
-            for label, mode in modes:
-                optimizer = theirs(parameters, **options, **mode)
-                add(problem, Variant(label, False, {"step": optimizer.step}))
-            yield problem
-
-
-def _resnet50() -> list[torch.Size]:
-    import torchvision
-
-    with torch.device("meta"):
-        return [p.shape for p in torchvision.models.resnet50().parameters()]
 
 
 def add(problem: Problem, variant: Variant) -> None:

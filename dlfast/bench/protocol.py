@@ -159,6 +159,24 @@ def under_roofline(
     return placed, points
 
 
+def bandwidths(problem: Problem, rows: list[Row], copy: float) -> list[str]:
+    """What each side achieves of the machine's bandwidth, counting only the bytes that must be moved.
+
+    `copy` is the bandwidth of copying, in bytes read and written per second. More than all of it means that
+    caches held a part.
+    """
+    notes = []
+    for quantity, moved in problem.moved.items():
+        for ours in (True, False):
+            row = min((r for r in rows if r.quantity == quantity and r.ours is ours), key=lambda r: r.seconds)
+            achieved = moved / row.seconds
+            notes.append(
+                f"{problem.name}, {quantity}: {row.variant} moves {achieved / 1e9:.1f} GB/s of what it must, "
+                f"{achieved / copy:.0%} of the {copy / 1e9:.1f} GB/s of a copy"
+            )
+    return notes
+
+
 def geometric_mean(ratios: list[Ratio]) -> float:
     """Of the medians."""
     return statistics.geometric_mean(ratio.median for ratio in ratios)

@@ -1,11 +1,107 @@
-"""Checks of hyper-parameters, shared by all optimizers."""
+"""Options that all optimizers share, and the checks of hyper-parameters."""
 
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class ExtraOptions(TypedDict, total=False):
+        """The keyword arguments of :class:`Extras`, as every optimizer takes them."""
+
+        max_grad_norm: float | None
+        max_grad_value: float | None
+        ema_decay: float | None
+        state_dtype: torch.dtype | Literal["int8"] | None
+        master_weights: bool
+        stochastic_rounding: bool
+        zero_grad_after_step: bool
+
+
+@dataclass
+class Extras:
+    """What a step does beside its update; every optimizer takes these as keyword arguments.
+
+    Args:
+        max_grad_norm: gradients are scaled so that their common L2 norm, over all groups, is at most this, as
+            by ``torch.nn.utils.clip_grad_norm_``; ``float("inf")`` only measures. The norm is then in
+            ``optimizer.grad_norm``.
+        max_grad_value: gradients are clipped to [-value, value], before the norm is taken.
+        ema_decay: keep a moving average of the weights, ``ema = decay * ema + (1 - decay) * weight``, in
+            float32 (float64 of float64). It starts as a copy of the weights before the first step.
+        state_dtype: number format of the states of float32 and 16-bit parameters: ``torch.float32``;
+            ``torch.bfloat16``, rounded stochastically; ``"int8"``, one byte per number and a float32 scale per
+            256 numbers; None keeps the parameter's own dtype.
+        master_weights: 16-bit parameters are updated in float32, of which they are the rounded value. For
+            bfloat16 only the lower halves of the float32 numbers are kept beside the parameters.
+        stochastic_rounding: 16-bit parameters are rounded up or down at random, in proportion, so that small
+            updates are not lost. The random numbers follow from ``torch.initial_seed()`` at construction.
+        zero_grad_after_step: gradients are set to zero once they were used, also by a skipped step.
+
+    Raises:
+        ValueError: a number is out of range or NaN, `state_dtype` is none of these, or both `master_weights`
+            and `stochastic_rounding` are asked for.
+        TypeError: a value has the wrong type, or a keyword is unknown.
+
+    >>> Extras(ema_decay=1.5)
+    Traceback (most recent call last):
+        ...
+    ValueError: ema_decay must be in [0, 1), got 1.5
+    """
+
+    max_grad_norm: float | None = None
+    max_grad_value: float | None = None
+    ema_decay: float | None = None
+    state_dtype: torch.dtype | Literal["int8"] | None = None
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    zero_grad_after_step: bool = False
+
+    def __post_init__(self) -> None:
+        self.changed = True  # since a step last looked
+        for name in ("max_grad_norm", "max_grad_value", "ema_decay"):
+            self.check_changed(name, getattr(self, name))
+        if self.state_dtype not in (None, torch.float32, torch.bfloat16, "int8"):
+            raise ValueError(
+                f"state_dtype must be torch.float32, torch.bfloat16, 'int8' or None, got {self.state_dtype!r}"
+            )
+        if self.master_weights and self.stochastic_rounding:
+            raise ValueError(
+                "master_weights and stochastic_rounding exclude each other: masters keep what rounding loses"
+            )
+
+    @staticmethod
+    def check_changed(name: str, value: Any) -> None:
+        if name not in CHANGEABLE:
+            raise AttributeError(f"{name} is chosen when the optimizer is made and cannot be changed")
+        if value is not None and name != "zero_grad_after_step":
+            check_number(name, value, below=1 if name == "ema_decay" else None)
+
+
+def extra_option(name: str) -> Any:
+    """An attribute of an optimizer that reads and, where that may be, sets one of its :class:`Extras`."""
+
+    def get(optimizer: Any) -> Any:
+        return getattr(optimizer._extras, name)
+
+    def set(optimizer: Any, value: Any) -> None:
+        Extras.check_changed(name, value)
+        if name == "ema_decay" and (value is None) != (optimizer._extras.ema_decay is None):
+            raise AttributeError("ema_decay can be changed, but not switched on or off after construction")
+        setattr(optimizer._extras, name, value)
+        optimizer._extras.changed = True
+
+    return property(get, set)
+
+
+# What may be set on an optimizer between steps; the others decide which states there are.
+CHANGEABLE = ("max_grad_norm", "max_grad_value", "ema_decay", "zero_grad_after_step")
 
 
 def check_number(name: str, value: Any, *, below: float | None = None) -> None:
@@ -13,6 +109,8 @@ def check_number(name: str, value: Any, *, below: float | None = None) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 1-element tensor, got shape {tuple(value.shape)}")
+        if value.is_cuda:
+            return  # to look at it would wait for the device
     elif not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 1-element tensor, got {type(value).__name__}")
     number = float(value)
@@ -20,6 +118,13 @@ def check_number(name: str, value: Any, *, below: float | None = None) -> None:
     if not (number >= 0 if below is None else 0 <= number < below):
         accepted = "at least 0" if below is None else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def check_betas(betas: Any) -> None:
+    if len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    check_number("betas[0]", betas[0], below=1)
+    check_number("betas[1]", betas[1], below=1)
 
 
 def check_engine(name: str, options: dict[str, Any]) -> None:

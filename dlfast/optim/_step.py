@@ -1,64 +1,112 @@
-"""What all optimizers share: gathering tensors, choosing native or plain PyTorch, states and checkpoints.
+"""What all optimizers share: the step, with what its options ask for.
 
-An algorithm derives from :class:`FusedStep` and from its ``torch.optim`` class, and says which states it
-keeps and how the two ways of stepping are called.
+An algorithm derives from :class:`FusedStep` and, where it has one, from its ``torch.optim`` class, and says
+which states it keeps, which numbers a group has, and how it steps in plain PyTorch; docs/optimizers.md adds
+one as an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn import Parameter
+from torch.optim import optimizer as optimizer_module
 
 from dlfast._native import native
-from dlfast.optim._options import check_engine, overlaps_itself
-
-# Which code runs a step is the choice of the optimizer at hand, not of a checkpoint.
-ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
-NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Subclasses (DTensor ...) have an arithmetic of their own, which plain PyTorch respects.
-PLAIN_TYPES = (Parameter, Tensor)
+from dlfast.optim._members import PlainOptions, plain_step, sharded_over, unscaled
+from dlfast.optim._options import Extras, extra_option
+from dlfast.optim._prepare import Bucket, Prepared, Preparing
 
 
-def native_devices() -> tuple[str, ...]:
-    if native.module is None:
-        return ()
-    return ("cpu", "cuda") if native.build.get("cuda") else ("cpu",)
-
-
-class Bucket:
-    """The tensors of one native call: parameters of one dtype and device with a gradient."""
-
-    __slots__ = ("device", "grads", "groups", "native", "params")
-
-    def __init__(self, device: torch.device, is_native: bool) -> None:
-        self.device = device
-        self.native = is_native
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.groups: list[int] = []  # index into param_groups, for each parameter
-
-
-class FusedStep(torch.optim.Optimizer):
+class FusedStep(Preparing):
     """The machinery of a fused step; see :mod:`dlfast.optim`.
 
     Under ``torch.amp.GradScaler`` the gradients are unscaled inside the step, in registers: ``p.grad``
     itself is only read, and keeps the scaled gradient. (torch's fused optimizers overwrite it; to look at
-    unscaled gradients call ``scaler.unscale_(optimizer)`` first, as for every optimizer.) On CUDA neither
-    the scale nor ``found_inf`` is read by the host.
+    unscaled gradients call ``scaler.unscale_(optimizer)`` first, as for every optimizer.) Where ``grad_scale``
+    is set and ``found_inf`` is not, the step looks for infinities itself and skips if there are any.
+
+    A skipped step changes neither parameters nor states, counters or averages, from the first step on;
+    ``step_was_skipped`` then is True.
     """
 
     # GradScaler then leaves unscaling and skipping to the step.
     _step_supports_amp_scaling = True
 
-    # State tensors with the parameter's shape, as in the state_dict of torch.optim.
-    _state_names: tuple[str, ...] = ()
-    # Options that tell a state_dict of this algorithm from another's.
-    _own_options: tuple[str, ...] = ()
+    def _set_extras(self, extra: dict[str, Any]) -> None:
+        """Before the constructor of ``torch.optim``, which adds the groups."""
+        self._extras = Extras(**extra)
+        self._seed = torch.initial_seed() & (2**64 - 1)
+        self._random_step = 0
+        self._prepared: dict[Tensor | None, Prepared] = {}
+        self._checked: list[tuple[Any, ...] | None] = []
+        self._native_options: Any = None if native.module is None else native.module.StepOptions()
+        self._swapped = False
+        self._skipped: bool | Tensor = False
+        self.grad_norm: Tensor | None = None
+        """Norm of all gradients at the last step taken, unscaled and before clipping; None where not measured."""
+
+    # ---- The extra options as attributes ------------------------------------------------------------------
+
+    max_grad_norm = extra_option("max_grad_norm")
+    max_grad_value = extra_option("max_grad_value")
+    ema_decay = extra_option("ema_decay")
+    state_dtype = extra_option("state_dtype")
+    master_weights = extra_option("master_weights")
+    stochastic_rounding = extra_option("stochastic_rounding")
+    zero_grad_after_step = extra_option("zero_grad_after_step")
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last :meth:`step` was skipped for infinite gradients, so that a scheduler can hold still.
+
+        On CUDA this waits for the device.
+        """
+        return bool(self._skipped)
+
+    @contextmanager
+    def swapped_ema(self) -> Iterator[None]:
+        """Within the block the parameters hold their moving average; afterwards they are back.
+
+        Raises:
+            RuntimeError: the optimizer keeps no average, or they are swapped already; :meth:`step` within
+                the block.
+
+        Example:
+            >>> import torch, dlfast.optim
+            >>> weight = torch.nn.Parameter(torch.tensor([4.0]))
+            >>> optimizer = dlfast.optim.SGD([weight], lr=1.0, ema_decay=0.5)
+            >>> weight.grad = torch.tensor([2.0])
+            >>> optimizer.step()
+            >>> with optimizer.swapped_ema():
+            ...     weight.item()
+            3.0
+            >>> weight.item()
+            2.0
+        """
+        if self._extras.ema_decay is None:
+            raise RuntimeError("swapped_ema needs an average: construct the optimizer with ema_decay=")
+        if self._swapped:
+            raise RuntimeError("the averages are swapped in already")
+        with torch.no_grad():
+            kept = [(p, p.detach().clone(), entry["ema"]) for p, entry in self.state.items() if "ema" in entry]
+            for p, _, average in kept:
+                p.copy_(average)
+            self._swapped = True
+            try:
+                with torch.enable_grad():
+                    yield
+            finally:
+                for p, weights, _ in kept:
+                    p.copy_(weights)
+                self._swapped = False
+
+    # ---- One step -----------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient.
@@ -72,110 +120,196 @@ class FusedStep(torch.optim.Optimizer):
         Raises:
             RuntimeError: for a sparse gradient, and for a parameter that overlaps itself in memory; nothing
                 has been changed then.
+            ValueError: a hyper-parameter has become invalid; nothing has been changed then.
         """
+        if self._is_observed():
+            return self._observed_step() if closure is None else self._observed_step(closure)
+        return self._unobserved_step(closure)
+
+    # torch.optim would wrap step() so that hooks and the profiler see it, which takes longer than the step of a
+    # small network: that wrapper is used only where there is something to see.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or optimizer_module._global_optimizer_pre_hooks
+            or optimizer_module._global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        )
+
+    def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        self._step(None)
         return loss
 
-    # ---- For the algorithms -------------------------------------------------------------------------------
-
-    def _check_options(self, options: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _native_step(self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _plain_step(self, bucket: Bucket, grad_scale: float) -> None:
-        raise NotImplementedError
-
-    # ---- One step -----------------------------------------------------------------------------------------
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_unobserved_step)
 
     @_disable_dynamo
+    def _step(self, only: Tensor | None) -> None:
+        """The step of all parameters, or of `only` one."""
+        if self._swapped:
+            raise RuntimeError("step() inside of swapped_ema(): the parameters hold their averages")
+        values = vars(self)
+        scale: Tensor | None = values.get("grad_scale")
+        found_inf: Tensor | None = values.get("found_inf")
+        prepared = self._prepared.get(only)
+        bucket = None if prepared is None else prepared.alone()
+        if prepared is None or bucket is None or bucket.device.type != "cpu" or prepared.asked != self._asked():
+            self._step_slowly(only, scale, found_inf)
+            return
+        hyper = self._hyper()
+        if found_inf is not None and found_inf.item() != 0:
+            self._skip(only)
+            return
+        finds_inf = scale is not None and found_inf is None
+        options = self._options_now(1.0 if scale is None else 1.0 / scale.item(), finds_inf)
+        result = bucket.plan.run(self.state, hyper, options, None)
+        if result is None:
+            self._step_slowly(only, scale, found_inf)
+        else:
+            self._took(*result)
+
+    def _options_now(self, unscale: float, finds_inf: bool) -> Any:
+        """The C++ StepOptions of this step."""
+        options, extras = self._native_options, self._extras
+        if options is None:
+            return None
+        options.grad_factor = unscale
+        options.clip_factor = 1.0
+        options.random_step = self._random_step
+        options.measure_norm = finds_inf or extras.max_grad_norm is not None
+        options.skip_if_not_finite = finds_inf
+        if extras.changed:
+            extras.changed = False
+            options.max_grad_value = -1.0 if extras.max_grad_value is None else extras.max_grad_value
+            options.max_grad_norm = -1.0 if extras.max_grad_norm is None else extras.max_grad_norm
+            options.average_decay = extras.ema_decay or 0.0
+            options.zero_grad = extras.zero_grad_after_step
+            options.seed = self._seed
+        return options
+
+    def _took(self, norm: Tensor | None, skipped: bool) -> None:
+        self._skipped = skipped
+        if skipped:
+            return
+        self._random_step += 1
+        if self._extras.max_grad_norm is not None:
+            self.grad_norm = norm
+
+    def _skip(self, only: Tensor | None) -> None:
+        self._skipped = True
+        if self._extras.zero_grad_after_step:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        if p.grad is not None and (only is None or p is only):
+                            p.grad.zero_()
+
     @torch.no_grad()
-    def _step(self) -> None:
-        buckets = self._gather()
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and not all(b.native and b.device.type == "cuda" for b in buckets):
-            if found_inf.item() != 0:
-                return
-            found_inf = None
-        for bucket in buckets:
-            if not bucket.native:
-                self._plain_step(bucket, 1.0 if grad_scale is None else grad_scale.item())
-                continue
-            scalars: dict[str, Any] = {}
-            if grad_scale is not None:
-                scalars["grad_scale"] = grad_scale.to(bucket.device, torch.float32, non_blocking=True)
-            if found_inf is not None:
-                scalars["found_inf"] = found_inf.to(bucket.device, torch.float32, non_blocking=True)
+    def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """The step of tensors that no plan knows, that take more than one, or that do not lie on the CPU."""
+        prepared = self._prepared.pop(only, None)
+        new: list[tuple[Tensor, dict[str, Any]]] = []
+        # All are asked before any is run: nothing is half done.
+        if (
+            prepared is None
+            or prepared.asked != self._asked()
+            or not all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets)
+        ):
+            prepared = self._prepare(only, new)
+            self.state.update(new)
+        skipped = True
+        try:
+            skipped = self._run(prepared, scale, found_inf)
+        finally:
+            if skipped:  # or failed: as if the new states had never been
+                for p, _ in new:
+                    del self.state[p]
+        if skipped:
+            self._skip(only)
+        elif not prepared.plain:
+            self._prepared[only] = prepared
+
+    def _run(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Take the step; whether it was skipped, where the host knows."""
+        finds_inf = scale is not None and found_inf is None
+        if not prepared.on_host():
+            self._run_on_device(prepared, scale, found_inf, finds_inf)
+            return False
+        hyper = self._hyper()
+        if found_inf is not None and found_inf.item() != 0:
+            return True
+        unscale = 1.0 if scale is None else 1.0 / scale.item()
+        options = self._options_now(unscale, finds_inf)
+        alone = prepared.alone()
+        if alone is not None:
+            norm, skipped = alone.plan.run(self.state, hyper, options, None)
+            if not skipped:
+                self._took(norm, False)
+            return bool(skipped)
+
+        plain_options = self._plain_options(unscale)
+        norm = None
+        if finds_inf or self._extras.max_grad_norm is not None:
+            norm = self._total_norm(prepared, plain_options)
+            if finds_inf and not math.isfinite(norm.item()):
+                return True
+            if self._extras.max_grad_norm is not None:
+                factor = self._extras.max_grad_norm / (norm.item() + 1e-6)
+                plain_options.clip_factor = 1.0 if factor > 1 else factor
+            if options is not None:
+                options.clip_factor = plain_options.clip_factor
+                options.measure_norm = options.skip_if_not_finite = False
+        for bucket in prepared.buckets:
             if bucket.device.type == "cuda":
-                scalars["arrived"] = self._arrived(bucket.device)
-            self._native_step(bucket, *self._learning_rates(bucket.device), scalars)
+                self._run_cuda(bucket, hyper, scale, None, None)
+            else:
+                bucket.plan.run(self.state, hyper, options, bucket.grads())
+        for m in prepared.plain:
+            group = self.param_groups[m.group]
+            plain_step(m, self._unsigned, plain_options, lambda *args, group=group: self._plain(group, *args))
+        self._took(norm, False)
+        return False
 
-    def _gather(self) -> list[Bucket]:
-        buckets: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
-        devices = native_devices()
-        for index, group in enumerate(self.param_groups):
-            wants_native = group.get("fused") is not False
-            for i, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{self._name(index, i)} has a sparse gradient (layout {grad.layout}), which "
-                        f"dlfast.optim.{type(self).__name__} does not support"
-                    )
-                device, dtype = p.device, p.dtype
-                is_native = (
-                    wants_native
-                    and device.type in devices
-                    and dtype in NATIVE_DTYPES
-                    and type(p) in PLAIN_TYPES
-                    and type(grad) in PLAIN_TYPES
-                )
-                bucket = buckets.get((device, dtype, is_native))
-                if bucket is None:
-                    bucket = buckets[device, dtype, is_native] = Bucket(device, is_native)
-                bucket.params.append(p)
-                bucket.grads.append(grad)
-                bucket.groups.append(index)
-        found = list(buckets.values())
-        self._refuse(found)
-        return found
+    def _run_on_device(
+        self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None, finds_inf: bool
+    ) -> None:
+        """Without a look at what the device holds."""
+        numbers = [self._numbers(group) for group in self.param_groups]
+        on_device = any(isinstance(v, Tensor) and v.is_cuda for row in numbers for v in row)
+        if on_device:
+            for i, group in enumerate(self.param_groups):
+                self._check_group(i, group)
+        hyper: list[tuple[float, ...]] = [()] * len(numbers) if on_device else self._hyper()
+        for bucket in prepared.buckets:
+            device_hyper = _on_device(numbers, bucket.device) if on_device else None
+            if finds_inf:
+                norms = torch._foreach_norm([m.grad for m in bucket.members], ord=float("inf"))
+                found = (~torch.stack(norms).isfinite()).any().to(torch.float32)
+                found_inf = found if found_inf is None else found_inf.to(bucket.device) + found
+        for bucket in prepared.buckets:
+            self._run_cuda(bucket, hyper, scale, found_inf, device_hyper)
+        self._took(None, False)
+        self._skipped = False if found_inf is None else found_inf
 
-    def _refuse(self, buckets: list[Bucket]) -> None:
-        """What must be known of all buckets before any is written; a native call checks its own."""
-        captured = {i for i, group in enumerate(self.param_groups) if group.get("capturable")}
-        for bucket in buckets:
-            if captured and bucket.device.type == "cpu" and not captured.isdisjoint(bucket.groups):
-                raise RuntimeError("capturable=True needs parameters on a GPU, but one of its group is on the CPU")
-            if len(buckets) == 1 and bucket.native:
-                continue
-            for p in bucket.params:
-                if overlaps_itself(p):
-                    raise RuntimeError(f"{self._name_of(p)} overlaps itself in memory (expanded?); clone it first")
-
-    def _learning_rates(self, device: torch.device) -> tuple[list[float], list[Tensor]]:
-        """Of all groups, as numbers; or, to spare the host a wait, as tensors where one is on the GPU."""
-        values = [group["lr"] for group in self.param_groups]
-        if device.type == "cuda" and any(isinstance(lr, Tensor) and lr.is_cuda for lr in values):
-            tensors = [
-                lr.to(device, non_blocking=True)
-                if isinstance(lr, Tensor)
-                else torch.tensor(lr, dtype=torch.float64, device=device)
-                for lr in values
-            ]
-            return [0.0] * len(values), tensors
-        numbers = [float(lr) for lr in values]
-        for index, lr in enumerate(numbers):
-            if lr != lr:
-                raise ValueError(f"lr of param_groups[{index}] is NaN")
-        return numbers, []
+    def _run_cuda(
+        self,
+        bucket: Bucket,
+        hyper: list[tuple[float, ...]],
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+        device_hyper: Tensor | None,
+    ) -> None:
+        scale, found_inf = (
+            None if t is None else t.to(bucket.device, torch.float32, non_blocking=True) for t in (scale, found_inf)
+        )
+        arrived = self._arrived(bucket.device)
+        bucket.plan.run_cuda(self.state, hyper, bucket.grads(), scale, found_inf, arrived, device_hyper)
 
     def _arrived(self, device: torch.device) -> Tensor:
         """A counter that the blocks of a CUDA step use; it is 0 between steps."""
@@ -184,79 +318,80 @@ class FusedStep(torch.optim.Optimizer):
             counters[device] = torch.zeros((), dtype=torch.int32, device=device)
         return counters[device]
 
-    def _name(self, group: int, i: int) -> str:
-        names = self.param_groups[group].get("param_names")
-        return f"parameter {names[i]!r}" if names else f"param_groups[{group}]['params'][{i}]"
+    def _plain_options(self, unscale: float) -> PlainOptions:
+        extras = self._extras
+        return PlainOptions(
+            grad_factor=unscale,
+            clip_factor=1.0,
+            max_grad_value=extras.max_grad_value,
+            ema_decay=extras.ema_decay,
+            stochastic_param=extras.stochastic_rounding,
+            stochastic_state=extras.state_dtype in (torch.bfloat16, "int8"),
+            zero_grad=extras.zero_grad_after_step,
+            seed=self._seed,
+            random_step=self._random_step,
+        )
 
-    def _name_of(self, param: Tensor) -> str:
-        for index, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if p is param:
-                    return self._name(index, i)
-        return "a parameter"
+    def _total_norm(self, prepared: Prepared, plain_options: PlainOptions) -> Tensor:
+        """Of all gradients, over devices, dtypes and processes."""
+        total = 0.0
+        dtypes: set[torch.dtype] = set()
+        for bucket in prepared.buckets:
+            dtypes.update(m.param.dtype for m in bucket.members)
+            if bucket.device.type == "cuda":
+                squares = sum(_squares(unscaled(m, plain_options)) for m in bucket.members)
+            else:
+                squares = bucket.plan.squares(self.state, self._native_options, bucket.grads())
+            total += _reduced(squares, bucket.mesh, bucket.mesh_dims)
+        for m in prepared.plain:
+            dtypes.add(m.param.dtype)
+            total += _reduced(_squares(unscaled(m, plain_options)), *sharded_over(m.key))
+        dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
+        return torch.tensor(math.sqrt(total) if total == total else math.nan, dtype=dtype)
 
-    # ---- Groups and checkpoints ---------------------------------------------------------------------------
+    def _hyper(self) -> list[tuple[float, ...]]:
+        """The numbers of all groups, checked where they have changed."""
+        checked = self._checked
+        groups = self.param_groups
+        if len(checked) != len(groups):
+            checked[:] = [None] * len(groups)
+        for i, group in enumerate(groups):
+            numbers = self._numbers(group)
+            # NaN differs from itself, a tensor is looked at anew each time: neither passes unchecked.
+            if numbers != checked[i]:
+                checked[i] = None
+                checked[i] = self._checked_numbers(i, group, numbers)
+        return checked  # type: ignore[return-value]
 
-    @_disable_dynamo
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, as ``torch.optim``; its options and parameters are checked first."""
-        if isinstance(param_group, dict):
-            options = {**self.defaults, **param_group}
-            check_engine(type(self).__name__, options)
-            self._check_options(options)
-        count = len(self.param_groups)
-        super().add_param_group(param_group)
-        try:
-            for i, p in enumerate(self.param_groups[-1]["params"]):
-                if p.is_complex():
-                    raise RuntimeError(
-                        f"{self._name(count, i)} is complex ({p.dtype}), which is not supported; "
-                        "optimize torch.view_as_real of it"
-                    )
-                if overlaps_itself(p):
-                    raise RuntimeError(
-                        f"{self._name(count, i)} of shape {tuple(p.shape)} and strides {p.stride()} overlaps "
-                        "itself in memory (expanded?); clone it first"
-                    )
-        except RuntimeError:
-            self.param_groups.pop()
-            raise
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for group, own in zip(state["param_groups"], vars(self).get("param_groups", ()), strict=False):
-            group.update({name: own[name] for name in ENGINE_OPTIONS if name in own})
-        self._check_loaded(state)
-        super().__setstate__(state)
-        vars(self).pop("_arrived_counters", None)
-        for p, entry in self.state.items():
-            if isinstance(p, Tensor):
-                self._settle(p, entry)
-
-    def _check_loaded(self, state: dict[str, Any]) -> None:
-        for index, group in enumerate(state["param_groups"]):
-            missing = [name for name in self._own_options if name not in group]
-            if missing:
-                raise ValueError(
-                    f"param_groups[{index}] of the state_dict lacks {', '.join(missing)}: it is not one of "
-                    f"{type(self).__name__}"
-                )
-            for i, p in enumerate(group["params"]):
-                for name, value in state["state"].get(p, {}).items():
-                    if name in self._state_names and value is not None and value.shape != p.shape:
-                        raise ValueError(
-                            f"{name} in the state_dict has shape {tuple(value.shape)} for parameter {i} of "
-                            f"param_groups[{index}], which has {tuple(p.shape)}"
-                        )
-
-    def _settle(self, p: Tensor, entry: dict[str, Any]) -> None:
-        """Bring loaded states into the parameter's memory layout, once instead of at every step."""
-        for name in self._state_names:
-            value = entry.get(name)
-            if value is not None and value.stride() != p.stride():
-                entry[name] = torch.empty_like(p, memory_format=torch.preserve_format).copy_(value)
+    def _checked_numbers(self, index: int, group: dict[str, Any], numbers: tuple[Any, ...]) -> tuple[float, ...]:
+        self._check_group(index, group)
+        return tuple(float(value) for value in numbers)
 
 
-if native.module is not None:
-    # A step returns nothing, so there is nothing to say of its outputs' shapes.
-    for _op in ("_sgd_step_", "_adam_step_"):
-        torch.library.register_fake(f"dlfast::{_op}", lambda *args, **kwargs: None)
+def _on_device(rows: list[tuple[Any, ...]], device: torch.device) -> Tensor:
+    """The numbers of all groups as float64 [groups, 8]; those that lie on the device are not waited for."""
+    padded = [[*row, *[0.0] * (8 - len(row))] for row in rows]
+    # Filled there: a copy from the host would wait, or be lost to a captured graph.
+    return torch.stack(
+        [
+            v.detach().to(device, torch.float64).reshape(())
+            if isinstance(v, Tensor)
+            else torch.full((), float(v), dtype=torch.float64, device=device)
+            for row in padded
+            for v in row
+        ]
+    ).view(len(rows), 8)
+
+
+def _squares(t: Tensor) -> float:
+    return t.to(torch.float64).square().sum().item()
+
+
+def _reduced(squares: float, mesh: Any, dims: tuple[int, ...]) -> float:
+    """The sum over the processes that hold the other parts of the same tensors."""
+    if not dims:
+        return squares
+    total = torch.tensor(squares, dtype=torch.float64, device=mesh.device_type)
+    for dim in dims:
+        torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total.item()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,12 @@ from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
 from dlfast.optim._options import check_number
-from dlfast.optim._step import Bucket, FusedStep
+from dlfast.optim._step import FusedStep
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dlfast.optim._options import ExtraOptions
 
 
 class SGD(FusedStep, torch.optim.SGD):
@@ -26,24 +31,22 @@ class SGD(FusedStep, torch.optim.SGD):
         params: parameters, named parameters or groups (dicts), as for ``torch.optim``. Any shape, layout and
             mixture of devices; float32, float64, bfloat16 or float16. 16-bit parameters are computed with in
             float32 and rounded once per step. Devices without a native step use plain PyTorch.
-        lr (float or 1-element Tensor): learning rate :math:`\gamma`. A tensor on the GPU is read there.
-        momentum (float): :math:`\mu`.
-        dampening (float): :math:`\tau`.
-        weight_decay (float): :math:`\lambda`, an L2 penalty.
+        lr (float or 1-element Tensor): learning rate :math:`\gamma`.
+        momentum (float or 1-element Tensor): :math:`\mu`.
+        dampening (float or 1-element Tensor): :math:`\tau`.
+        weight_decay (float or 1-element Tensor): :math:`\lambda`, an L2 penalty.
         nesterov (bool): needs a momentum and no dampening.
         maximize (bool): ascend instead.
         foreach: not supported; the step is always fused.
         differentiable: not supported.
         fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:
         ValueError: an option is out of range or NaN, or `params` is empty.
-        TypeError: `params` is a tensor or a set, or an option is no number.
+        TypeError: `params` is a tensor or a set, or an option is no number or unknown.
         RuntimeError: `foreach` or `differentiable` is set; a parameter is complex or overlaps itself in
             memory; at a step, a gradient is sparse.
-
-    A step that ``GradScaler`` skips changes nothing: on CUDA, where the host does not know of it, a momentum
-    buffer made for a skipped first step holds zeros and is left out of :meth:`state_dict`.
 
     Example:
         >>> import torch, dlfast.optim
@@ -58,8 +61,9 @@ class SGD(FusedStep, torch.optim.SGD):
     the form documented for ``torch.optim.SGD``.
     """
 
+    _algorithm = "sgd"
     _state_names = ("momentum_buffer",)
-    _own_options = ("lr", "momentum")
+    _own_options = ("lr", "momentum", "dampening")
 
     def __init__(
         self,
@@ -74,16 +78,11 @@ class SGD(FusedStep, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        **extra: Unpack[ExtraOptions],
     ) -> None:
-        self._check_options(
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-            }
-        )
+        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        self._set_extras(dict(extra))
+        self._check_options({**options, "nesterov": nesterov})
         super().__init__(
             params,
             lr,
@@ -110,84 +109,60 @@ class SGD(FusedStep, torch.optim.SGD):
                 f"momentum={options['momentum']}, dampening={options['dampening']}"
             )
 
-    # How many steps each momentum buffer has taken, on the parameter's device: the first gradient enters
-    # undamped, and only the device knows whether a step with found_inf was taken.
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (
+            group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"],
+            group["maximize"],
+        )  # fmt: skip
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    # How many steps each momentum buffer has taken: the first gradient enters undamped. torch's state_dict has
+    # no place for it, and needs none: a buffer in it has taken a step.
+    def _counter(self, p: Tensor, entry: dict[str, Any], group: dict[str, Any], device: torch.device) -> Tensor | None:
+        if group["momentum"] == 0:
+            return None
+        counters = self._counters()
+        step = counters.get(p)
+        if entry.get("momentum_buffer") is None:
+            step = counters[p] = torch.zeros((), dtype=torch.float32, device=device)
+        elif step is None or step.device != device:
+            step = counters[p] = torch.ones((), dtype=torch.float32, device=device)
+        return step
+
     def _counters(self) -> dict[Tensor, Tensor]:
         counters: dict[Tensor, Tensor] = vars(self).setdefault("_momentum_steps", {})
         return counters
 
-    def _buffers(self, bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
-        """Buffers and counters of the parameters whose group has momentum, made where missing."""
-        buffers, steps = [], []
-        counters = self._counters()
-        for p, index in zip(bucket.params, bucket.groups, strict=True):
-            if self.param_groups[index]["momentum"] == 0:
-                continue
-            state = self.state[p]
-            buffer = state.get("momentum_buffer")
-            step = counters.get(p)
-            if buffer is None:
-                buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                step = counters[p] = torch.zeros((), dtype=torch.float32, device=p.device)
-            elif step is None or step.device != p.device:
-                step = counters[p] = torch.ones((), dtype=torch.float32, device=p.device)
-            buffers.append(buffer)
-            steps.append(step)
-        return buffers, steps
-
-    def _native_step(self, bucket: Bucket, lr: list[float], lr_tensors: list[Tensor], scalars: dict[str, Any]) -> None:
-        buffers, steps = self._buffers(bucket)
-        groups = self.param_groups
-        torch.ops.dlfast._sgd_step_.default(
-            bucket.params,
-            bucket.grads,
-            buffers,
-            steps,
-            bucket.groups,
-            lr=lr,
-            lr_tensors=lr_tensors,
-            momentum=[float(g["momentum"]) for g in groups],
-            dampening=[float(g["dampening"]) for g in groups],
-            weight_decay=[float(g["weight_decay"]) for g in groups],
-            nesterov=[g["nesterov"] for g in groups],
-            maximize=[g["maximize"] for g in groups],
-            **scalars,
+    def _plain(
+        self, group: dict[str, Any], param: Tensor, grad: Tensor, states: dict[str, Tensor], step: float
+    ) -> None:
+        reference.sgd_step(
+            param,
+            grad,
+            states.get("momentum_buffer"),
+            first=step <= 1,
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
         )
 
-    def _plain_step(self, bucket: Bucket, grad_scale: float) -> None:
-        buffers, steps = self._buffers(bucket)
-        lr, _ = self._learning_rates(torch.device("cpu"))
-        slots = iter(zip(buffers, steps, strict=True))
-        for p, grad, index in zip(bucket.params, bucket.grads, bucket.groups, strict=True):
-            group = self.param_groups[index]
-            buffer, step = next(slots) if group["momentum"] != 0 else (None, None)
-            reference.sgd_step(
-                p,
-                grad,
-                buffer,
-                first=step is not None and step.item() == 0,
-                lr=lr[index],
-                momentum=float(group["momentum"]),
-                dampening=float(group["dampening"]),
-                weight_decay=float(group["weight_decay"]),
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                grad_scale=grad_scale,
-            )
-            if step is not None:
-                step += 1
-
     def _forget_unstarted(self) -> None:
+        """Buffers made for a step that only the device knew to be skipped."""
         counters = self._counters()
-        if not counters:
-            return
         for p, step in list(counters.items()):
             if step.item() != 0:
                 continue
             del counters[p]
-            self.state[p].pop("momentum_buffer", None)
-            if not self.state[p]:
-                del self.state[p]
+            entry = self.state.get(p, {})
+            for name in ("momentum_buffer", "momentum_buffer_scale"):
+                entry.pop(name, None)
+            if not entry:
+                self.state.pop(p, None)
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,424 @@
+#include "optim/op_plan.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+
+#include "optim/cpu_step.h"
+#include "optim/op_checks.h"
+#include "optim/step.h"
+#ifdef DLFAST_WITH_CUDA
+#include "optim/launch.h"
+#endif
+
+namespace dlfast::optim {
+namespace {
+
+Algorithm algorithm_of(const std::string& name) {
+  for (int a = 0; a < kAlgorithms; ++a) {
+    if (name == kRuleNames[a]) return static_cast<Algorithm>(a);
+  }
+  TORCH_CHECK_VALUE(false, "there is no algorithm '", name, "'");
+}
+
+at::Tensor tensor_or_none(const py::handle& value) {
+  return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
+}
+
+// The tensors of one step in the form of params.h. What does not lie in one order without gaps is copied
+// into the order of its parameter and, where the step writes it, back.
+class Layouts {
+ public:
+  TensorRef ref(const Item& item) {
+    TensorRef ref = item.ref;
+    at::Tensor param = item.param;
+    if (!item.in_order) {
+      // A parameter with gaps is stood in for by a contiguous copy, whose order the others then follow.
+      if (!param.is_non_overlapping_and_dense()) {
+        param = at::empty_like(param, at::MemoryFormat::Contiguous);
+      }
+      ref.param = written(item.param, param);
+      for (int k = 0; k < kMaxStates; ++k) {
+        if (item.state[k].defined()) ref.state[k] = written(item.state[k], param);
+      }
+      if (item.average.defined()) ref.average = written(item.average, param);
+      if (item.master.defined()) ref.master = written(item.master, param);
+    }
+    if (same_order(item.grad, param)) {
+      // Only zeroing writes it.
+      ref.grad = const_cast<void*>(item.grad.const_data_ptr());
+    } else {
+      held_.push_back(at::empty_like(param).copy_(item.grad));
+      ref.grad = held_.back().mutable_data_ptr();
+    }
+    return ref;
+  }
+
+  void write_back() {
+    for (auto& [to, from] : back_) to.copy_(from);
+  }
+
+ private:
+  void* written(const at::Tensor& tensor, const at::Tensor& param) {
+    if (same_order(tensor, param)) return tensor.mutable_data_ptr();
+    at::Tensor copy = at::empty_strided(param.sizes(), param.strides(), tensor.options()).copy_(tensor);
+    back_.emplace_back(tensor, copy);
+    return copy.mutable_data_ptr();
+  }
+
+  std::vector<at::Tensor> held_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> back_;  // to, from
+};
+
+std::vector<double> numbers_of(const py::list& hyper) {
+  std::vector<double> numbers(hyper.size() * kMaxHyper);
+  for (size_t g = 0; g < hyper.size(); ++g) {
+    PyObject* group = PyList_GET_ITEM(hyper.ptr(), static_cast<Py_ssize_t>(g));
+    const Py_ssize_t count = PyTuple_Check(group) ? PyTuple_GET_SIZE(group) : kMaxHyper + 1;
+    TORCH_CHECK(count <= kMaxHyper, "hyper[", g, "] must be a tuple of at most ", kMaxHyper, " numbers");
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      numbers[g * kMaxHyper + static_cast<size_t>(i)] = PyFloat_AsDouble(PyTuple_GET_ITEM(group, i));
+    }
+  }
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return numbers;
+}
+
+// Whether `grad` is what a fast step takes as it is.
+bool plain_strided(const at::Tensor& grad) {
+  return grad.layout() == at::kStrided && !grad.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+// Lets go of the gradients when a call ends: a plan must not hold them beyond their time.
+class GradientsHeld {
+ public:
+  explicit GradientsHeld(std::vector<Item>& items) : items_(items) {}
+  ~GradientsHeld() {
+    for (Item& item : items_) item.grad = at::Tensor();
+  }
+  GradientsHeld(const GradientsHeld&) = delete;
+  GradientsHeld& operator=(const GradientsHeld&) = delete;
+
+ private:
+  std::vector<Item>& items_;
+};
+
+void bump_version(const at::Tensor& t) {
+  if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+Plan::Plan(const std::string& algorithm, const py::list& items, const py::list& param_lists,
+           const py::list& idle)
+    : algorithm_(algorithm_of(algorithm)) {
+  items_.reserve(items.size());
+  for (const auto& item : items) add(item.cast<py::tuple>());
+  overlap_ = written_tensors_overlap(items_);
+  for (const auto& entry : param_lists) {
+    auto list = entry.cast<py::list>();
+    std::vector<PyObject*> members;
+    for (const auto& member : list) members.push_back(member.ptr());
+    lists_.emplace_back(std::move(list), std::move(members));
+  }
+  for (const auto& param : idle) idle_.push_back(param.cast<at::Tensor>());
+}
+
+// (key, param, entry, states, scales, formats, average, master, step, group, id, stochastic_param,
+// stochastic_state, watched): `key` has `entry` in optimizer.state, `formats` are "signed" or "unsigned" for
+// states in code8 and None for others, `watched` the pairs of name and value that entry must go on holding.
+void Plan::add(const py::tuple& item) {
+  TORCH_CHECK(item.size() == 14, "an item of a plan has 14 parts, got ", item.size());
+  Item out;
+  out.key = item[0];
+  out.param = item[1].cast<at::Tensor>();
+  out.entry = item[2];
+  const auto states = item[3].cast<py::tuple>();
+  const auto scales = item[4].cast<py::tuple>();
+  const auto formats = item[5].cast<py::tuple>();
+  TORCH_CHECK(
+      states.size() <= kMaxStates && scales.size() == states.size() && formats.size() == states.size(),
+      "an item has at most ", kMaxStates, " states, each with a scale and a format");
+  for (size_t k = 0; k < states.size(); ++k) {
+    out.state[k] = states[k].cast<at::Tensor>();
+    out.scale[k] = tensor_or_none(scales[k]);
+    out.ref.state_format[k] = format_of(out.state[k]);
+    if (!out.scale[k].defined()) continue;
+    const bool is_signed = formats[k].cast<std::string>() == "signed";
+    out.ref.state_format[k] = is_signed ? Format::code8_signed : Format::code8_unsigned;
+  }
+  out.average = tensor_or_none(item[6]);
+  out.master = tensor_or_none(item[7]);
+  out.step = tensor_or_none(item[8]);
+  out.ref.group = item[9].cast<int32_t>();
+  out.ref.id = item[10].cast<uint32_t>();
+  out.ref.stochastic_param = item[11].cast<bool>();
+  out.ref.stochastic_state = item[12].cast<bool>();
+  for (const auto& pair : item[13].cast<py::tuple>()) {
+    const auto watched = pair.cast<py::tuple>();
+    out.watched.emplace_back(watched[0], watched[1]);
+  }
+  check_item(out, items_.size(), items_.empty() ? out.param : items_.front().param);
+
+  TensorRef& ref = out.ref;
+  const auto data = [](const at::Tensor& t) { return const_cast<void*>(t.const_data_ptr()); };
+  ref.param = data(out.param);
+  ref.numel = out.param.numel();
+  ref.number = format_of(out.param);
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (out.state[k].defined()) ref.state[k] = data(out.state[k]);
+    if (out.scale[k].defined()) ref.scale[k] = static_cast<float*>(data(out.scale[k]));
+  }
+  if (out.average.defined()) ref.average = data(out.average);
+  if (out.master.defined()) {
+    ref.master = data(out.master);
+    ref.master_kind = out.param.scalar_type() == at::kBFloat16 ? Master::low_half : Master::full;
+  }
+  if (out.step.defined()) {
+    ref.step = data(out.step);
+    ref.step_is_double = out.step.scalar_type() == at::kDouble;
+  }
+  out.in_order = out.param.is_non_overlapping_and_dense();
+  for_each_written(out,
+                   [&](const at::Tensor& t) { out.in_order = out.in_order && same_order(t, out.param); });
+  items_.push_back(std::move(out));
+}
+
+bool Plan::holds(const py::dict& states, const py::object& grads) {
+  const GradientsHeld held(items_);
+  return take_gradients(states, grads);
+}
+
+bool Plan::take_gradients(const py::dict& states, const py::object& grads) {
+  for (const auto& [list, members] : lists_) {
+    if (PyList_GET_SIZE(list.ptr()) != static_cast<Py_ssize_t>(members.size())) return false;
+    for (size_t i = 0; i < members.size(); ++i) {
+      if (PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)) != members[i]) return false;
+    }
+  }
+  for (const at::Tensor& param : idle_) {
+    if (param.grad().defined()) return false;
+  }
+  const bool given = !grads.is_none();
+  if (given && PyList_GET_SIZE(grads.ptr()) != static_cast<Py_ssize_t>(items_.size())) return false;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    Item& item = items_[i];
+    const at::Tensor& param = item.param;
+    if (given) {
+      item.grad = py::handle(PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i))).cast<at::Tensor>();
+    } else {
+      item.grad = param.grad();
+    }
+    const at::Tensor& grad = item.grad;
+    if (!grad.defined() || !plain_strided(grad) || grad.sizes() != param.sizes() ||
+        grad.scalar_type() != param.scalar_type() || grad.device() != param.device()) {
+      return false;
+    }
+    const TensorRef& ref = item.ref;
+    if (param.const_data_ptr() != ref.param || param.numel() != ref.numel || format_of(param) != ref.number) {
+      return false;
+    }
+    for (int k = 0; k < kMaxStates; ++k) {
+      if (!item.state[k].defined()) continue;
+      const at::Tensor& state = item.state[k];
+      if (state.const_data_ptr() != ref.state[k] || state.numel() != ref.numel) return false;
+    }
+    bool in_order = param.is_non_overlapping_and_dense();
+    for_each_written(item, [&](const at::Tensor& t) { in_order = in_order && same_order(t, param); });
+    if (in_order != item.in_order) return false;
+    if (item.entry.is_none()) continue;
+    if (PyDict_GetItemWithError(states.ptr(), item.key.ptr()) != item.entry.ptr()) return false;
+    for (const auto& [name, value] : item.watched) {
+      if (PyDict_GetItemWithError(item.entry.ptr(), name.ptr()) != value.ptr()) return false;
+    }
+  }
+  return true;
+}
+
+CpuResult Plan::take(const StepOptions& options, std::vector<double> groups) {
+  const int threads = at::get_num_threads();
+  CpuStep step{.algorithm = algorithm_, .tensors = {}, .groups = std::move(groups), .options = options};
+  const bool shared_gradients = options.zero_grad && gradients_overlap(items_);
+  if (shared_gradients) step.options.zero_grad = false;
+  step.tensors.reserve(items_.size());
+  CpuResult result;
+  if (!overlap_) {
+    Layouts layouts;
+    for (const Item& item : items_) step.tensors.push_back(layouts.ref(item));
+    result = step_cpu(step, threads);
+    if (!result.skipped) layouts.write_back();
+  } else {
+    // One after the other, each by what the one before has left; the norm is that of all.
+    if (options.measure_norm) {
+      Layouts layouts;
+      for (const Item& item : items_) step.tensors.push_back(layouts.ref(item));
+      result.norm = std::sqrt(squares_cpu(step, threads));
+      result.skipped = options.skip_if_not_finite && !std::isfinite(result.norm);
+      if (options.max_grad_norm >= 0)
+        step.options.clip_factor *= clip_factor(result.norm, options.max_grad_norm);
+      step.options.measure_norm = false;
+    }
+    for (const Item& item : items_) {
+      if (result.skipped) break;
+      Layouts layouts;
+      step.tensors = {layouts.ref(item)};
+      step_cpu(step, threads);
+      layouts.write_back();
+    }
+  }
+  if (options.zero_grad) {
+    // What the pass over memory could not clear: copies, and gradients that several parameters share.
+    for (const Item& item : items_) {
+      if (shared_gradients || overlap_ || !item.in_order || !same_order(item.grad, item.param)) {
+        item.grad.zero_();
+      }
+    }
+  }
+  return result;
+}
+
+py::object Plan::run(const py::dict& states, const py::list& hyper, const StepOptions& options,
+                     const py::object& grads) {
+  const GradientsHeld held(items_);
+  if (!take_gradients(states, grads)) return py::none();
+  CpuResult result;
+  std::vector<double> groups = numbers_of(hyper);
+  {
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    result = take(options, std::move(groups));
+  }
+  if (!result.skipped) {
+    for (const Item& item : items_) {
+      for_each_written(item, bump_version);
+      for (const at::Tensor& scale : item.scale) bump_version(scale);
+      bump_version(item.step);
+    }
+  }
+  if (options.zero_grad) {
+    for (const Item& item : items_) bump_version(item.grad);
+  }
+  py::object norm = py::none();
+  if (options.measure_norm) norm = py::cast(at::scalar_tensor(result.norm, norm_options()));
+  return py::make_tuple(norm, result.skipped);
+}
+
+py::object Plan::squares(const py::dict& states, const StepOptions& options, const py::object& grads) {
+  const GradientsHeld held(items_);
+  if (!take_gradients(states, grads)) return py::none();
+  CpuStep step{.algorithm = algorithm_, .tensors = {}, .groups = {}, .options = options};
+  Layouts layouts;
+  for (const Item& item : items_) step.tensors.push_back(layouts.ref(item));
+  return py::float_(squares_cpu(step, at::get_num_threads()));
+}
+
+#ifdef DLFAST_WITH_CUDA
+bool Plan::run_cuda(const py::dict& states, const py::list& hyper, const py::object& grads,
+                    const py::object& grad_scale, const py::object& found_inf, const py::object& arrived,
+                    const py::object& device_hyper) {
+  const GradientsHeld held(items_);
+  if (!take_gradients(states, grads)) return false;
+  const at::Device device = items_.front().param.device();
+  const auto pointer = [&](const char* name, const py::object& given, at::ScalarType dtype, int64_t numel) {
+    const at::Tensor t = tensor_or_none(given);
+    if (!t.defined()) return static_cast<void*>(nullptr);
+    TORCH_CHECK(t.numel() == numel && t.scalar_type() == dtype && t.device() == device && t.is_contiguous(),
+                name, " must be ", numel, " of ", dtype, " on ", device, ", got ", t.scalar_type(),
+                " of shape ", t.sizes(), " on ", t.device());
+    return const_cast<void*>(t.const_data_ptr());
+  };
+  const auto groups = static_cast<int64_t>(hyper.size());
+  CudaStep step{
+      .algorithm = algorithm_,
+      .number = items_.front().ref.number,
+      .tensors = {},
+      .groups = {},
+      .device_groups =
+          static_cast<const double*>(pointer("device_hyper", device_hyper, at::kDouble, groups * kMaxHyper)),
+      .grad_scale = static_cast<const float*>(pointer("grad_scale", grad_scale, at::kFloat, 1)),
+      .found_inf = static_cast<const float*>(pointer("found_inf", found_inf, at::kFloat, 1)),
+      .arrived = static_cast<unsigned*>(pointer("arrived", arrived, at::kInt, 1)),
+  };
+  if (step.device_groups == nullptr) step.groups = numbers_of(hyper);
+  const bool counts =
+      std::any_of(items_.begin(), items_.end(), [](const Item& i) { return i.step.defined(); });
+  TORCH_CHECK(!counts || step.arrived != nullptr, "arrived is needed where steps are counted");
+
+  const py::gil_scoped_release no_gil;
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const c10::DeviceGuard guard(device);
+  const auto take_some = [&](size_t first, size_t last) {
+    Layouts layouts;
+    step.tensors.clear();
+    for (size_t i = first; i < last; ++i) step.tensors.push_back(layouts.ref(items_[i]));
+    at::Tensor table;
+    if (needs_memory_table(step)) {
+      const auto bytes = static_cast<int64_t>(memory_table_bytes(step));
+      // PyTorch keeps the pinned memory until the copy is done.
+      const auto host = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+      fill_memory_table(step, host.mutable_data_ptr());
+      table = host.to(device, /*non_blocking=*/true);
+    }
+    step_cuda(step, table.defined() ? table.const_data_ptr() : nullptr);
+    layouts.write_back();
+  };
+  if (overlap_) {
+    for (size_t i = 0; i < items_.size(); ++i) take_some(i, i + 1);
+  } else {
+    take_some(0, items_.size());
+  }
+  for (const Item& item : items_) {
+    for_each_written(item, bump_version);
+    bump_version(item.step);
+  }
+  return true;
+}
+#endif
+
+// Of the gradients' type where they are all of float64, else float32, as torch.nn.utils.get_total_norm.
+at::TensorOptions Plan::norm_options() const {
+  const bool wide = std::all_of(items_.begin(), items_.end(),
+                                [](const Item& item) { return item.ref.number == Format::float64; });
+  return at::TensorOptions().dtype(wide && !items_.empty() ? at::kDouble : at::kFloat);
+}
+
+void bind_plan(py::module_& m) {
+  py::class_<StepOptions>(m, "StepOptions")
+      .def(py::init<>())
+      .def_readwrite("grad_factor", &StepOptions::grad_factor)
+      .def_readwrite("clip_factor", &StepOptions::clip_factor)
+      .def_readwrite("max_grad_value", &StepOptions::max_grad_value)
+      .def_readwrite("max_grad_norm", &StepOptions::max_grad_norm)
+      .def_readwrite("average_decay", &StepOptions::average_decay)
+      .def_readwrite("measure_norm", &StepOptions::measure_norm)
+      .def_readwrite("skip_if_not_finite", &StepOptions::skip_if_not_finite)
+      .def_readwrite("zero_grad", &StepOptions::zero_grad)
+      .def_readwrite("seed", &StepOptions::seed)
+      .def_readwrite("random_step", &StepOptions::random_step);
+  auto plan = py::class_<Plan>(m, "Plan");
+  plan.def(py::init<const std::string&, const py::list&, const py::list&, const py::list&>())
+      .def("holds", &Plan::holds)
+      .def("run", &Plan::run)
+      .def("squares", &Plan::squares);
+#ifdef DLFAST_WITH_CUDA
+  plan.def("run_cuda", &Plan::run_cuda);
+#endif
+  m.def(
+      "split_work",
+      [](const std::vector<int64_t>& numels, int parts) {
+        std::vector<std::pair<int64_t, int64_t>> out;
+        for (const Position& p : split_work(numels, parts)) out.emplace_back(p.tensor, p.element);
+        return out;
+      },
+      "Where each of `parts` threads starts in tensors of `numels` elements: (tensor, element)");
+}
+
+}  // namespace dlfast::optim

@@ -1,0 +1,79 @@
+// A prepared step: tensors that were checked once, with their pointers, for the steps that follow.
+//
+// Preparing takes a look at every tensor and costs far more than a step of a small network. A Plan keeps what
+// it found and asks at each step only whether it still holds: the same parameters, states and memory. Where
+// it does not, run() says so before anything has changed, and the optimizer prepares anew.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/extension.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "optim/cpu_step.h"
+#include "optim/params.h"
+
+namespace dlfast::optim {
+
+namespace py = pybind11;
+
+// As pybind11's own types are.
+#define DLFAST_HIDDEN __attribute__((visibility("hidden")))
+
+// One parameter of a step and what belongs to it.
+struct DLFAST_HIDDEN Item {
+  at::Tensor param;
+  at::Tensor grad;               // of this step
+  at::Tensor state[kMaxStates];  // undefined where the group has no such state
+  at::Tensor scale[kMaxStates];  // of states in code8
+  at::Tensor average;
+  at::Tensor master;
+  at::Tensor step;
+  TensorRef ref{};       // all but the gradient stays the same from step to step
+  bool in_order = true;  // parameter and states lie in one order without gaps
+  // The parameter's key and its dict in optimizer.state, and what that dict held when the plan was made.
+  py::object key, entry;
+  std::vector<std::pair<py::object, py::object>> watched;
+};
+
+class DLFAST_HIDDEN Plan {
+ public:
+  // `items` are tuples as Python's FusedStep lists them; `param_lists` are the lists of param_groups and
+  // `idle` the parameters among them that have no gradient.
+  Plan(const std::string& algorithm, const py::list& items, const py::list& param_lists,
+       const py::list& idle);
+
+  // Whether run() would find all as it was; it looks itself.
+  bool holds(const py::dict& states, const py::object& grads);
+  // Takes a step. None where the plan no longer holds; else (norm of the gradients or None, skipped).
+  // `hyper` holds a tuple of numbers for each group, `grads` the gradients where they are not param.grad.
+  py::object run(const py::dict& states, const py::list& hyper, const StepOptions& options,
+                 const py::object& grads);
+  // The same on CUDA, where nothing is read back: always a number of launches, never a wait. grad_scale,
+  // found_inf (float32), arrived (int32, 0 between steps) and device_hyper (float64 [groups, kMaxHyper], in
+  // place of hyper) lie there or are None. False where the plan no longer holds.
+  bool run_cuda(const py::dict& states, const py::list& hyper, const py::object& grads,
+                const py::object& grad_scale, const py::object& found_inf, const py::object& arrived,
+                const py::object& device_hyper);
+  // The sum of squares of the unscaled, value-clipped gradients; None where the plan no longer holds.
+  py::object squares(const py::dict& states, const StepOptions& options, const py::object& grads);
+
+ private:
+  // holds(), and the gradients of this step.
+  bool take_gradients(const py::dict& states, const py::object& grads);
+  void add(const py::tuple& item);
+  at::TensorOptions norm_options() const;
+  CpuResult take(const StepOptions& options, std::vector<double> groups);
+
+  Algorithm algorithm_;
+  std::vector<Item> items_;
+  std::vector<std::pair<py::list, std::vector<PyObject*>>> lists_;  // borrowed: the lists keep them alive
+  std::vector<at::Tensor> idle_;
+  bool overlap_ = false;  // written tensors share memory
+};
+
+void bind_plan(py::module_& m);
+
+}  // namespace dlfast::optim

@@ -1,0 +1,238 @@
+"""State dicts of the optimizers: those of ``torch.optim``, and what the extra options add to them.
+
+Beside the states of the algorithm an entry may hold ``ema``, ``master_low`` or ``master_param``, and for
+each int8 state its ``_scale``. Where states have a format of their own, each group has a ``dlfast_format``
+that names it and carries the seed of random rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from dlfast.optim import _formats
+from dlfast.optim._members import HALVES, compute_dtype, is_dtensor
+from dlfast.optim._options import Extras
+
+# Which code runs a step is the choice of the optimizer at hand, not of a checkpoint.
+ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+FORMAT = "dlfast_format"
+EXTRA_ENTRIES = ("ema", "master_low", "master_param")
+
+
+class _Shielded:
+    """A tensor on its way through ``load_state_dict``, which would cast it to the parameter's dtype."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Checkpoint(torch.optim.Optimizer):
+    """Saving, loading, copying and pickling of a fused optimizer."""
+
+    # State tensors with the parameter's shape, as in the state_dict of torch.optim.
+    _state_names: tuple[str, ...] = ()
+    # Options that tell a state_dict of this algorithm from another's, and some that it has not.
+    _own_options: tuple[str, ...] = ()
+    _foreign_options: tuple[str, ...] = ()
+    # States without which an entry is of no use.
+    _required: tuple[str, ...] = ()
+
+    _extras: Extras
+    _unsigned: frozenset[str]
+    _seed: int
+    _random_step: int
+    _prepared: dict[Any, Any]
+    _checked: list[Any]
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the layout of ``torch.optim``, with `step` on the CPU unless `fused` or `capturable`.
+
+        On CUDA this waits for the device; during training `step` lives there.
+        """
+        result: dict[str, Any] = super().state_dict()
+        format_ = self._format()
+        for group in result["param_groups"]:
+            if format_:
+                group[FORMAT] = dict(format_)
+            if group.get("fused") or group.get("capturable"):
+                continue
+            for i in group["params"]:
+                entry = result["state"].get(i)
+                if entry and isinstance(entry.get("step"), Tensor) and entry["step"].device.type != "cpu":
+                    result["state"][i] = {**entry, "step": entry["step"].cpu()}
+        return result
+
+    def _format(self) -> dict[str, Any]:
+        extras = self._extras
+        random = extras.stochastic_rounding or extras.state_dtype in (torch.bfloat16, "int8")
+        if extras.state_dtype is None and not random and not extras.master_weights:
+            return {}
+        format_: dict[str, Any] = {"version": _formats.CODE_VERSION, "state_dtype": str(extras.state_dtype)}
+        if random:
+            # As text: 64 bits do not survive every way of saving a number.
+            format_ |= {"seed": str(self._seed), "random_step": str(self._random_step)}
+        return format_
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this algorithm, of this library or of ``torch.optim``.
+
+        States are brought into the format of this optimizer's `state_dtype`, whatever theirs is.
+
+        Raises:
+            ValueError: it is of another algorithm, lacks an entry, has one of a wrong shape or of an unknown
+                version of the int8 format, or holds averages or master weights that this optimizer does not
+                keep; nothing has been changed then.
+        """
+        handle = self.register_load_state_dict_pre_hook(_shield)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_extras", "_seed", "_random_step", "grad_norm", "_skipped", "_fused")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in own if name in vars(self)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_extras" in state:  # a copy of a whole optimizer, not a state_dict
+            self._set_extras({})
+        else:
+            self._check_loaded(state)
+            self._adopt(state)
+        super().__setstate__(state)
+        self._prepared = {}
+        self._checked = []
+        self._extras.changed = True
+
+    def _set_extras(self, extra: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    # ---- Checks, before anything changes --------------------------------------------------------------------
+
+    def _check_loaded(self, state: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for index, group in enumerate(state["param_groups"]):
+            missing = [option for option in self._own_options if option not in group]
+            if missing:
+                raise ValueError(
+                    f"param_groups[{index}] of the state_dict lacks {', '.join(missing)}: it is not one of {name}"
+                )
+            foreign = [option for option in self._foreign_options if option in group]
+            if foreign:
+                raise ValueError(
+                    f"param_groups[{index}] of the state_dict has {', '.join(foreign)}: it is not one of {name}"
+                )
+            version = group.get(FORMAT, {}).get("version", _formats.CODE_VERSION)
+            if version != _formats.CODE_VERSION:
+                raise ValueError(
+                    f"the states in the state_dict have format version {version}; this version of dlfast reads "
+                    f"{_formats.CODE_VERSION}"
+                )
+            for i, p in enumerate(group["params"]):
+                where = f"parameter {i} of param_groups[{index}]"
+                entry = state["state"].get(p)
+                if entry:
+                    self._check_entry(p, entry, where)
+
+    def _check_entry(self, p: Tensor, entry: dict[str, Any], where: str) -> None:
+        lacking = [name for name in self._required if entry.get(name) is None]
+        if lacking:
+            raise ValueError(f"the state_dict lacks {', '.join(lacking)} of {where}")
+        scales = tuple(name + "_scale" for name in self._state_names)
+        for name, value in entry.items():
+            value = value.value if isinstance(value, _Shielded) else value
+            if name not in ("step", *self._state_names, *scales, *EXTRA_ENTRIES):
+                raise ValueError(f"the state_dict has {name} of {where}, which {type(self).__name__} does not keep")
+            if value is None or name == "step":
+                continue
+            shape = (_formats.blocks_of(p.numel()),) if name in scales else tuple(p.shape)
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{name} in the state_dict has shape {tuple(value.shape)} for {where}, which needs {shape}"
+                )
+            if value.dtype is torch.uint8 and name + "_scale" not in entry:
+                raise ValueError(f"the state_dict lacks {name}_scale of {where}")
+            if name == "ema" and self._extras.ema_decay is None:
+                raise ValueError(
+                    "the state_dict holds averages (ema); construct the optimizer with ema_decay= to take them"
+                )
+            if name.startswith("master") and not self._extras.master_weights:
+                raise ValueError(
+                    f"the state_dict holds master weights ({name}); construct the optimizer with master_weights=True "
+                    "to take them"
+                )
+
+    # ---- Into this optimizer's formats ------------------------------------------------------------------------
+
+    def _adopt(self, state: dict[str, Any]) -> None:
+        """Bring loaded states into format and layout, once instead of at every step."""
+        for group, own in zip(state["param_groups"], self.param_groups, strict=True):
+            group.update({name: own[name] for name in ENGINE_OPTIONS if name in own})
+            format_ = group.pop(FORMAT, {})
+            if "seed" in format_:
+                self._seed = int(format_["seed"])
+                self._random_step = int(format_["random_step"])
+        for p, entry in list(state["state"].items()):
+            if isinstance(p, Tensor):
+                state["state"][p] = dict(self._adopted(p, entry))
+
+    def _adopted(self, p: Tensor, entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        values = {name: v.value if isinstance(v, _Shielded) else v for name, v in entry.items()}
+        for name, value in values.items():
+            if name in self._state_names and value is not None:
+                yield from self._converted(p, name, value, values.get(name + "_scale"))
+            elif name == "ema":
+                yield name, _laid_out(p, value, compute_dtype(p.dtype))
+            elif name.startswith("master"):
+                if p.dtype not in HALVES:
+                    raise ValueError(f"the state_dict holds {name} of a parameter of {p.dtype}")
+                yield name, _laid_out(p, value, value.dtype)
+            elif not name.endswith("_scale"):
+                yield name, value
+
+    def _converted(self, p: Tensor, name: str, value: Tensor, scale: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        signed = name not in self._unsigned
+        coded = value.dtype is torch.uint8
+        state_dtype = self._extras.state_dtype
+        if state_dtype == "int8" and coded and value.stride() == p.stride():
+            assert scale is not None
+            yield name, value.to(p.device, copy=True)
+            yield name + "_scale", scale.to(p.device, copy=True)
+            return
+        if coded:
+            assert scale is not None
+            numbers = torch.empty_like(value, dtype=torch.float32)
+            decoded = _formats.decode(_formats.in_memory_order(value), scale, signed)
+            _formats.in_memory_order(numbers).copy_(decoded)
+            value = numbers
+        if state_dtype != "int8":
+            yield name, _laid_out(p, value, p.dtype if state_dtype is None else state_dtype)
+            return
+        exact = _laid_out(p, value, torch.float32)
+        codes, scales = _formats.encode(_formats.in_memory_order(exact), signed)
+        laid_out = torch.empty_like(p, dtype=torch.uint8)
+        _formats.in_memory_order(laid_out).copy_(codes)
+        yield name, laid_out
+        yield name + "_scale", scales
+
+
+def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def shielded(entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        return {n: _Shielded(v) if isinstance(v, Tensor) and n != "step" else v for n, v in entry.items()}
+
+    return {**state_dict, "state": {k: shielded(entry) for k, entry in state_dict["state"].items()}}
+
+
+def _laid_out(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` on the device of `p`, in `dtype` and, where `p` has no gaps, in its memory layout."""
+    if is_dtensor(p) or value.stride() == p.stride():
+        return value.to(p.device, dtype)
+    return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).detach().copy_(value)

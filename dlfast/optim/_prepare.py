@@ -1,0 +1,303 @@
+"""What a step is made of: which tensors take part, their states, their checks, and who computes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.nn import Parameter
+
+from dlfast._native import native
+from dlfast.optim import _formats
+from dlfast.optim._checkpoint import Checkpoint
+from dlfast.optim._members import HALVES, Member, compute_dtype, is_dtensor, local_of, sharded_over
+from dlfast.optim._options import Extras, check_engine, overlaps_itself
+
+NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Other subclasses of Tensor have an arithmetic of their own, which plain PyTorch respects.
+PLAIN_TYPES = (Parameter, Tensor)
+
+
+def native_devices(algorithm: str, extras: Extras) -> tuple[str, ...]:
+    """Where the whole step has native code; elsewhere it is plain PyTorch."""
+    if native.module is None:
+        return ()
+    on_cuda = native.build.get("cuda") and extras == Extras() and algorithm != "lamb"
+    return ("cpu", "cuda") if on_cuda else ("cpu",)
+
+
+@dataclass
+class Bucket:
+    """What one plan covers: members of one device (on CUDA also of one dtype), split over the same mesh."""
+
+    plan: Any
+    members: list[Member]
+    device: torch.device
+    mesh: Any
+    mesh_dims: tuple[int, ...]
+
+    def grads(self) -> list[Tensor] | None:
+        """Of this step; None where one is missing."""
+        grads = [m.key.grad for m in self.members]
+        return [local_of(g) for g in grads if g is not None] if self.mesh is not None else None
+
+
+class Prepared:
+    """How the step of one set of parameters is taken, as long as the groups ask for the same states."""
+
+    def __init__(self, asked: list[Any]) -> None:
+        self.asked = asked
+        self.buckets: list[Bucket] = []
+        self.plain: list[Member] = []
+
+    def alone(self) -> Bucket | None:
+        """The bucket that is the whole step, if one is, and nothing of it lies elsewhere."""
+        if len(self.buckets) != 1 or self.plain or self.buckets[0].mesh is not None:
+            return None
+        return self.buckets[0]
+
+    def on_host(self) -> bool:
+        """Whether the host takes part, and must know of infinities."""
+        return bool(self.plain) or any(b.device.type == "cpu" for b in self.buckets)
+
+
+class Preparing(Checkpoint):
+    """What an algorithm says of itself, and the preparation of its steps."""
+
+    # ---- For the algorithms -------------------------------------------------------------------------------
+
+    _algorithm: str  # its name in step.h
+    _unsigned: frozenset[str] = frozenset()  # states that are never negative
+    _needs_whole_tensors = False  # its update of a number depends on the rest of the tensor
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The hyper-parameters in the order of the rule's Group in step.h."""
+        raise NotImplementedError
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The states that the group's parameters keep, in the order of the rule."""
+        raise NotImplementedError
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _plain(
+        self, group: dict[str, Any], param: Tensor, grad: Tensor, states: dict[str, Tensor], step: float
+    ) -> None:
+        raise NotImplementedError
+
+    def _initial(self, group: dict[str, Any], name: str) -> float:
+        return 0.0
+
+    def _counter(self, p: Tensor, entry: dict[str, Any], group: dict[str, Any], device: torch.device) -> Tensor | None:
+        """The tensor that counts the steps of a parameter, made where missing."""
+        step = entry.get("step")
+        if step is None:
+            step = entry["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        elif step.device != device:
+            step = entry["step"] = step.to(device, torch.float32)  # as loaded, or made by torch
+        return step
+
+    # ---- Preparing: what a step is made of, and its checks ------------------------------------------------
+
+    def _prepare(self, only: Tensor | None, new: list[tuple[Tensor, dict[str, Any]]]) -> Prepared:
+        """Plans of all parameters with a gradient. States that are missing are made and listed in `new`."""
+        for index, group in enumerate(self.param_groups):
+            self._check_group(index, group)
+        members, idle = self._gather(only)
+        self._refuse(members)
+        for m in members:
+            m.entry = self.state.get(m.key) or {}
+            is_new = not m.entry
+            self._complete(m)
+            self._check_states(m)
+            if is_new and m.entry:
+                new.append((m.key, m.entry))
+        prepared = Prepared(self._asked())
+        prepared.plain = [m for m in members if not m.native]
+        buckets: dict[Any, list[Member]] = {}
+        for m in members:
+            if m.native:
+                dtype = m.param.dtype if m.param.device.type == "cuda" else None
+                buckets.setdefault((m.param.device, dtype, *sharded_over(m.key)), []).append(m)
+        lists = [group["params"] for group in self.param_groups] if only is None else []
+        extras = self._extras
+        for (device, _, mesh, dims), bucket in buckets.items():
+            items = [
+                m.native_item(
+                    self._unsigned,
+                    extras.stochastic_rounding and m.param.dtype in HALVES,
+                    extras.state_dtype in (torch.bfloat16, "int8"),
+                )
+                for m in bucket
+            ]
+            assert native.module is not None
+            plan = native.module.Plan(self._algorithm, items, lists, idle)
+            prepared.buckets.append(Bucket(plan, bucket, device, mesh, dims))
+        return prepared
+
+    def _asked(self) -> list[Any]:
+        """What of the groups' options decides how a step is prepared."""
+        return [(self._names(group), group.get("fused"), group.get("capturable")) for group in self.param_groups]
+
+    def _check_group(self, index: int, group: dict[str, Any]) -> None:
+        try:
+            self._check_options(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param_groups[{index}]: {error}") from None
+
+    def _gather(self, only: Tensor | None) -> tuple[list[Member], list[Tensor]]:
+        """Members without their states, and the parameters that have no gradient."""
+        members, idle = [], []
+        devices = native_devices(self._algorithm, self._extras)
+        number = -1
+        for index, group in enumerate(self.param_groups):
+            wants_native = group.get("fused", vars(self).get("_fused")) is not False
+            names = self._names(group)
+            for i, p in enumerate(group["params"]):
+                number += 1
+                if only is not None and p is not only:
+                    continue
+                grad = p.grad
+                if grad is None:
+                    idle.append(p)
+                    continue
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{self._name(index, i)} has a sparse gradient (layout {grad.layout}), which "
+                        f"dlfast.optim.{type(self).__name__} does not support"
+                    )
+                distributed = is_dtensor(p)
+                if distributed:
+                    self._check_distributed(p, grad, index, i)
+                local = local_of(p)
+                is_native = (
+                    wants_native
+                    and local.device.type in devices
+                    and local.dtype in NATIVE_DTYPES
+                    and (distributed or type(p) in PLAIN_TYPES)
+                    and (distributed or type(grad) in PLAIN_TYPES)
+                )
+                members.append(Member(p, local, index, number, is_native, {}, names))
+        return members, idle
+
+    def _check_distributed(self, p: Tensor, grad: Tensor, group: int, i: int) -> None:
+        name = self._name(group, i)
+        if self._needs_whole_tensors:
+            raise RuntimeError(
+                f"{name} is a DTensor, of which {type(self).__name__} would need norms over all processes; "
+                "this is not supported"
+            )
+        if self._extras.state_dtype == "int8":
+            raise RuntimeError(f"{name} is a DTensor, for which state_dtype='int8' is not supported")
+        if not is_dtensor(grad) or grad.placements != p.placements:  # type: ignore[attr-defined]
+            raise RuntimeError(f"the gradient of {name} must be a DTensor placed as the parameter is")
+
+    def _refuse(self, members: list[Member]) -> None:
+        """What must be known of all members before any is written; a plan checks the rest of its own."""
+        state_dtype = self._extras.state_dtype
+        for m in members:
+            p = m.param
+            if self.param_groups[m.group].get("capturable") and p.device.type == "cpu":
+                raise RuntimeError("capturable=True needs parameters on a GPU, but one of its group is on the CPU")
+            if overlaps_itself(p):
+                raise RuntimeError(f"{self._name_of(m.key)} overlaps itself in memory (expanded?); clone it first")
+            if state_dtype is not None and p.dtype is torch.float64:
+                raise RuntimeError(
+                    f"{self._name_of(m.key)} is float64, which state_dtype={state_dtype} does not suit; leave it out"
+                )
+            if state_dtype == "int8" and not _without_gaps(p):
+                raise RuntimeError(
+                    f"{self._name_of(m.key)} of strides {p.stride()} has gaps in memory, which "
+                    "state_dtype='int8' does not support; clone it first"
+                )
+
+    def _complete(self, m: Member) -> None:
+        """Make the states that are missing in the member's entry."""
+        extras, key, entry = self._extras, m.key, m.entry
+        group = self.param_groups[m.group]
+        m.step = self._counter(key, entry, group, m.param.device if m.native else torch.device("cpu"))
+        m.watched = ["step"] if "step" in entry else []
+        for name in m.names:
+            if entry.get(name) is None:
+                self._make_state(entry, name, key, self._initial(group, name))
+            m.watched += [n for n in (name, name + "_scale") if n in entry]
+        if extras.master_weights and key.dtype in HALVES:
+            name = "master_low" if key.dtype is torch.bfloat16 else "master_param"
+            if name not in entry:
+                half = key.dtype is torch.bfloat16
+                entry[name] = torch.zeros_like(key, dtype=torch.int16) if half else key.detach().float()
+            m.watched.append(name)
+        if extras.ema_decay is not None:
+            if "ema" not in entry:
+                entry["ema"] = key.detach().to(compute_dtype(key.dtype), copy=True)
+            m.watched.append("ema")
+
+    def _check_states(self, m: Member) -> None:
+        """That states set by hand fit; the plan says the rest in its own terms."""
+        for name in m.watched:
+            value = m.state(name)
+            assert value is not None
+            if name == "step" or name.endswith("_scale"):
+                continue
+            if value.shape != m.param.shape or value.device != m.param.device:
+                raise RuntimeError(
+                    f"{name} of {self._name_of(m.key)} has shape {tuple(value.shape)} and is on {value.device}; "
+                    f"it must have shape {tuple(m.param.shape)} and be on {m.param.device}"
+                )
+
+    def _make_state(self, entry: dict[str, Any], name: str, p: Tensor, value: float) -> None:
+        state_dtype = self._extras.state_dtype
+        if state_dtype != "int8":
+            dtype = p.dtype if state_dtype is None else state_dtype
+            entry[name] = torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format).detach()
+            return
+        initial = torch.full_like(p, value, dtype=torch.float32)
+        codes, scale = _formats.encode(_formats.in_memory_order(initial), name not in self._unsigned)
+        entry[name] = torch.empty_like(p, dtype=torch.uint8)
+        _formats.in_memory_order(entry[name]).copy_(codes)
+        entry[name + "_scale"] = scale
+
+    def _name(self, group: int, i: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return f"parameter {names[i]!r}" if names else f"param_groups[{group}]['params'][{i}]"
+
+    def _name_of(self, param: Tensor) -> str:
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p is param:
+                    return self._name(index, i)
+        return "a parameter"
+
+    @_disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as ``torch.optim``; its options and parameters are checked first."""
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            check_engine(type(self).__name__, options)
+            self._check_options(options)
+        count = len(self.param_groups)
+        super().add_param_group(param_group)
+        self._prepared.clear()
+        try:
+            for i, p in enumerate(self.param_groups[-1]["params"]):
+                if p.is_complex():
+                    raise RuntimeError(
+                        f"{self._name(count, i)} is complex ({p.dtype}), which is not supported; "
+                        "optimize torch.view_as_real of it"
+                    )
+                if not is_dtensor(p) and overlaps_itself(p):
+                    raise RuntimeError(
+                        f"{self._name(count, i)} of shape {tuple(p.shape)} and strides {p.stride()} overlaps "
+                        "itself in memory (expanded?); clone it first"
+                    )
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
+
+
+def _without_gaps(p: Tensor) -> bool:
+    return p.numel() == 0 or torch.empty_like(p).stride() == p.stride()

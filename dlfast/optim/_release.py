@@ -1,0 +1,87 @@
+"""Updating each parameter during backward, as soon as its gradient is there."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from torch import Tensor
+
+from dlfast.optim._step import FusedStep
+
+
+class StepInBackward:
+    """What :func:`step_in_backward` returns: ``remove()`` ends it, as does leaving a ``with`` block."""
+
+    def __init__(self, optimizer: FusedStep) -> None:
+        self._handles = []
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._handles.append(p.register_post_accumulate_grad_hook(_Release(optimizer)))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class _Release:
+    def __init__(self, optimizer: FusedStep) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, p: Tensor) -> None:
+        _check(self.optimizer)
+        self.optimizer._step(p)
+        p.grad = None
+
+
+def step_in_backward(optimizer: FusedStep) -> StepInBackward:
+    """From now on, update each parameter in ``backward()``, and free its gradient.
+
+    At most the gradients of one layer are then there at a time. ``optimizer.step()`` finds no gradients and
+    does nothing; ``optimizer.step_was_skipped`` and step hooks have no meaning. A parameter that is used in
+    several calls of backward is updated in each. Parameters added later are not included.
+
+    Args:
+        optimizer: an optimizer of :mod:`dlfast.optim`.
+
+    Returns:
+        A handle with ``remove()``, also a context manager.
+
+    Raises:
+        TypeError: `optimizer` is none of this library's.
+        RuntimeError: `max_grad_norm` is set, which would need all gradients at once; or, in backward,
+            ``grad_scale`` or ``found_inf`` is: a GradScaler decides after all gradients.
+
+    Example:
+        >>> import torch, dlfast.optim
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = dlfast.optim.SGD(model.parameters(), lr=0.1)
+        >>> with dlfast.optim.step_in_backward(optimizer):
+        ...     model(torch.ones(2, 3)).sum().backward()
+        >>> model.weight.grad is None
+        True
+
+    Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources"
+    (arXiv:2306.09782), which fuses the update into backward.
+    """
+    if not isinstance(optimizer, FusedStep):
+        raise TypeError(f"optimizer must be one of dlfast.optim, got {type(optimizer).__name__}")
+    _check(optimizer)
+    return StepInBackward(optimizer)
+
+
+def _check(optimizer: FusedStep) -> None:
+    if optimizer.max_grad_norm is not None:
+        raise RuntimeError("step_in_backward: max_grad_norm needs all gradients at once; use max_grad_value, or step()")
+    for name in ("grad_scale", "found_inf"):
+        if getattr(optimizer, name, None) is not None:
+            raise RuntimeError(f"step_in_backward: {name} is known only after backward; use step()")

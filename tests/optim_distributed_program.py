@@ -1,0 +1,153 @@
+"""Run by test_optim_distributed.py in two gloo processes: ``python optim_distributed_program.py RANK FILE CASE``."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import dlfast.optim
+
+WORLD = 2
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 33), nn.ReLU(), nn.Linear(33, 7), nn.ReLU(), nn.Linear(7, 1))
+
+
+def batches(rank):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(8, 6, generator=generator)
+        yield x[rank * 4 : rank * 4 + 4], x
+
+
+def loss_of(model, x):
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def alone(make, rank):
+    """The same steps of the same model in one process, with all the data and PyTorch's own functions."""
+    model = network()
+    opt, max_norm = make(model.parameters())
+    norms = []
+    for _, x in batches(rank):
+        opt.zero_grad()
+        loss_of(model, x).backward()
+        if max_norm is not None:
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        opt.step()
+    return [p.detach() for p in model.parameters()], norms
+
+
+def check(mine, expected):
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def ddp(rank):
+    model = nn.parallel.DistributedDataParallel(network())
+    opt = dlfast.optim.AdamW(model.parameters(), lr=0.01, max_grad_norm=0.5, zero_grad_after_step=True)
+    expected, norms = alone(lambda ps: (torch.optim.AdamW(ps, lr=0.01), 0.5), rank)
+    for (x, _), norm in zip(batches(rank), norms, strict=True):
+        loss_of(model, x).backward()
+        opt.step()
+        torch.testing.assert_close(opt.grad_norm, norm, rtol=1e-4, atol=0)
+    check(model.parameters(), expected)
+
+
+def zero(rank):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(network())
+    opt = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=dlfast.optim.Adam, lr=0.01)
+    expected, _ = alone(lambda ps: (torch.optim.Adam(ps, lr=0.01), None), rank)
+    for x, _ in batches(rank):
+        opt.zero_grad()
+        loss_of(model, x).backward()
+        opt.step()
+    check(model.parameters(), expected)
+    opt.consolidate_state_dict(0)
+    if rank == 0:
+        assert len(opt.state_dict()["state"]) == 6
+
+
+def sharded(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp(rank):
+    model = sharded(network())
+    options = {"lr": 0.01, "max_grad_norm": 0.5, "ema_decay": 0.5}
+    opt = dlfast.optim.AdamW(model.parameters(), **options)
+    expected, norms = alone(lambda ps: (torch.optim.AdamW(ps, lr=0.01), 0.5), rank)
+    for (x, _), norm in zip(batches(rank), norms, strict=True):
+        opt.zero_grad()
+        loss_of(model, x).backward()
+        opt.step()
+        torch.testing.assert_close(opt.grad_norm, norm, rtol=1e-4, atol=0)
+    check([p.full_tensor() for p in model.parameters()], expected)
+    first = next(iter(model.parameters()))
+    assert isinstance(opt.state[first]["exp_avg"], type(first.data))  # a DTensor, as checkpoints want it
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    with opt.swapped_ema():
+        assert not torch.equal(first.full_tensor(), before[0])
+    check([p.full_tensor() for p in model.parameters()], before)
+    for refused in (dlfast.optim.LAMB(model.parameters()), dlfast.optim.Adam(model.parameters(), state_dtype="int8")):
+        with pytest.raises(RuntimeError, match="DTensor"):
+            refused.step()
+
+
+def checkpoint(rank, folder):
+    """A sharded run saved with torch.distributed.checkpoint goes on as the run that was not interrupted."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def steps(model, opt):
+        for x, _ in batches(rank):
+            opt.zero_grad()
+            loss_of(model, x).backward()
+            opt.step()
+
+    def build():
+        model = sharded(network())
+        return model, dlfast.optim.AdamW(model.parameters(), lr=0.01, ema_decay=0.9, state_dtype=torch.bfloat16)
+
+    model, opt = build()
+    steps(model, opt)
+    model_state, opt_state = get_state_dict(model, opt)
+    dcp.save({"model": model_state, "opt": opt_state}, checkpoint_id=folder)
+    other, other_opt = build()
+    model_state, opt_state = get_state_dict(other, other_opt)
+    state = {"model": model_state, "opt": opt_state}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(other, other_opt, model_state_dict=state["model"], optim_state_dict=state["opt"])
+    steps(model, opt)
+    steps(other, other_opt)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+        assert torch.equal(opt.state[a]["ema"].full_tensor(), other_opt.state[b]["ema"].full_tensor())
+
+
+def main():
+    rank, file, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    if case == "checkpoint":
+        checkpoint(rank, file + ".checkpoint")
+    else:
+        {"ddp": ddp, "zero": zero, "fsdp": fsdp}[case](rank)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Speeds up a model that is there already; see :func:`dlfast.fuse`."""
+
+from dlfast.fusion.api import NotFusedWarning, fuse, unfuse
+
+__all__ = ["NotFusedWarning", "fuse", "unfuse"]

@@ -132,23 +132,40 @@ void slice_moments(const ReluPoolParams& p, const T* z, double* partial) {
   });
 }
 
+// The slices' numbers added up, channel by channel, into total[channel][2].
+inline void add_slices(const double* partial, int64_t slices, int64_t numbers, double* total) {
+  std::fill_n(total, numbers, 0.0);
+  for (int64_t s = 0; s < slices; ++s) {
+    for (int64_t i = 0; i < numbers; ++i) total[i] += partial[s * numbers + i];
+  }
+}
+
 void norm_moments(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, void* mean_,
                   void* var_) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     slice_moments(p, static_cast<const T*>(z), partial);
     const Slices slices(p);
-    for (int64_t c = 0; c < p.channels; ++c) {
-      double mean = 0, squares = 0;
-      int64_t count = 0;
-      for (int64_t s = 0; s < slices.count; ++s) {
-        const double* of = partial + (s * p.channels + c) * 2;
-        join(mean, squares, count, of[0], of[1], slices.length(s));
-        count += slices.length(s);
+    const int64_t channels = p.channels;
+    const double count = static_cast<double>(slices.pixels);
+    double* mean = partial + slices.count * channels * 2;
+    double* squares = mean + channels;
+    std::fill_n(mean, 2 * channels, 0.0);
+    for (int64_t s = 0; s < slices.count; ++s) {
+      const double share = static_cast<double>(slices.length(s)) / count;
+      for (int64_t c = 0; c < channels; ++c) mean[c] += partial[(s * channels + c) * 2] * share;
+    }
+    for (int64_t s = 0; s < slices.count; ++s) {
+      const double length = static_cast<double>(slices.length(s));
+      for (int64_t c = 0; c < channels; ++c) {
+        const double* of = partial + (s * channels + c) * 2;
+        squares[c] += of[1] + length * (of[0] - mean[c]) * (of[0] - mean[c]);
       }
-      static_cast<Compute<T>*>(mean_)[c] = static_cast<Compute<T>>(mean);
-      static_cast<Compute<T>*>(var_)[c] = static_cast<Compute<T>>(std::max(0.0, squares) / count);
-      if (squares != squares) static_cast<Compute<T>*>(var_)[c] = static_cast<Compute<T>>(squares);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const double var = squares[c] / count;
+      static_cast<Compute<T>*>(mean_)[c] = static_cast<Compute<T>>(mean[c]);
+      static_cast<Compute<T>*>(var_)[c] = static_cast<Compute<T>>(var < 0 ? 0.0 : var);
     }
   });
 }
@@ -359,15 +376,12 @@ void norm_reduce(const ReluPoolParams& p, Dtype dtype, const void* z, const void
     const Norm<T> norm = norm_of<T>(p, scale, shift, mean, nullptr, nullptr, nullptr);
     reduce_any(p, static_cast<const T*>(z), static_cast<const T*>(grad_y), code, norm, partial,
                static_cast<T*>(grad_z));
-    const int64_t slices = norm_slices(p);
+    const int64_t slices = norm_slices(p), numbers = 2 * p.channels;
+    double* total = partial + slices * numbers;
+    add_slices(partial, slices, numbers, total);
     for (int64_t c = 0; c < p.channels; ++c) {
-      double sum = 0, moment = 0;
-      for (int64_t s = 0; s < slices; ++s) {
-        sum += partial[(s * p.channels + c) * 2];
-        moment += partial[(s * p.channels + c) * 2 + 1];
-      }
-      static_cast<Compute<T>*>(sum_g)[c] = static_cast<Compute<T>>(sum);
-      static_cast<Compute<T>*>(sum_gz)[c] = static_cast<Compute<T>>(moment);
+      static_cast<Compute<T>*>(sum_g)[c] = static_cast<Compute<T>>(total[2 * c]);
+      static_cast<Compute<T>*>(sum_gz)[c] = static_cast<Compute<T>>(total[2 * c + 1]);
     }
   });
 }

@@ -43,8 +43,9 @@ inline int64_t norm_slices(const ReluPoolParams& p) {
   return p.channels_last ? (pixels + run - 1) / run : p.batch;
 }
 
+// And one more for their sum.
 inline int64_t norm_partials(const ReluPoolParams& p) {
-  return 2 * p.channels * std::max<int64_t>(1, norm_slices(p));
+  return 2 * p.channels * (norm_slices(p) + 1);
 }
 
 }  // namespace dlfast

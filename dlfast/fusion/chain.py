@@ -129,8 +129,8 @@ def match(run: Run) -> Match:
             assert step.window is not None
             if found.pool or (between and step.window.pool == "avg"):
                 break
-            if step.adaptive is not None and (run.steps[0].kind != "conv" or found.bn):
-                break  # only the convolution block finds the window at each call
+            if (step.adaptive is not None or step.window.pool == "avg") and (run.steps[0].kind != "conv" or found.bn):
+                break  # only the convolution block finds its window at each call, and gains by an average
             found.pool = step
         else:
             if found.pool:

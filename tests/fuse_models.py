@@ -18,28 +18,28 @@ def example_of(model: nn.Module) -> torch.Tensor:
 
 
 class Plain(nn.Sequential):
-    fused = {CONV, "Absorbed"}
+    fused = frozenset({CONV, "Absorbed"})
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 81, 3))
 
 
 class PoolBeforeReLU(nn.Sequential):
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 8, 3), nn.MaxPool2d(3, 2, 1), nn.ReLU(inplace=True), nn.Flatten())
 
 
 class ConvThenPool(nn.Sequential):
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.ReLU())
 
 
 class Normalised(nn.Sequential):
-    fused = {CONV_BN, "AbsorbedBatchNorm2d"}
+    fused = frozenset({CONV_BN, "AbsorbedBatchNorm2d"})
 
     def __init__(self) -> None:
         super().__init__(
@@ -53,7 +53,7 @@ class Normalised(nn.Sequential):
 class Rising(nn.Sequential):
     """The maximum is taken before activations that stay in place."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__(
@@ -64,7 +64,7 @@ class Rising(nn.Sequential):
 
 
 class Functional(nn.Module):
-    fused = {CONV}
+    fused = frozenset({CONV})
     example = (2, 3, 40, 40)
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Functional(nn.Module):
 class Branches(nn.Module):
     """An intermediate that is used elsewhere is not swallowed; other chains are."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Branches(nn.Module):
 class Repeated(nn.Module):
     """One convolution, ReLU and pooling three times over."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Repeated(nn.Module):
 class SharedReLU(nn.Module):
     """A ReLU module that also works elsewhere: only this chain's call of it may go."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class SharedReLU(nn.Module):
 
 
 class Residual(nn.Module):
-    fused = {CONV_BN}
+    fused = frozenset({CONV_BN})
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Residual(nn.Module):
 class AcrossModules(nn.Module):
     """The pooling stands in the parent, the ReLU is a function in the child."""
 
-    fused = {CONV_BN}
+    fused = frozenset({CONV_BN})
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -172,7 +172,7 @@ class AcrossModules(nn.Module):
 
 
 class AddThenReLUPool(nn.Module):
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class AddThenReLUPool(nn.Module):
 
 
 class ReLUPoolModules(nn.Module):
-    fused = {RELU}
+    fused = frozenset({RELU})
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class ReLUPoolModules(nn.Module):
 class NormFirst(nn.Sequential):
     """Pre-activation order: the normalisation comes before the convolution."""
 
-    fused = {BN}
+    fused = frozenset({BN})
 
     def __init__(self) -> None:
         super().__init__(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3))
@@ -206,7 +206,7 @@ class NormFirst(nn.Sequential):
 class ModeDependent(nn.Module):
     """A forward that differs between training and evaluation, with a chain in both."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class ModeDependent(nn.Module):
 class DataDependent(nn.Module):
     """Control flow that no trace can follow around a child that can be fused."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class DataDependent(nn.Module):
 
 
 class DynamicShapes(nn.Module):
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class DynamicShapes(nn.Module):
 class Replaced(nn.Module):
     """Layers reached through an alias outside of the module tree."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Replaced(nn.Module):
 class PreHooked(nn.Sequential):
     """A hook before the convolution sees what it saw."""
 
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
@@ -280,7 +280,7 @@ def double_input(module, args):
 
 
 class Asymmetric(nn.Sequential):
-    fused = {CONV}
+    fused = frozenset({CONV})
 
     def __init__(self) -> None:
         super().__init__(

@@ -215,9 +215,9 @@ def test_a_constant_that_changed_is_refused():
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got int"):
         dlfast.fuse(3)
-    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module"):
         dlfast.unfuse("model")
     with pytest.raises(TypeError, match="must not be compiled"):
         dlfast.fuse(torch.compile(Plain()))

@@ -61,7 +61,7 @@ class ConvReLUAdaptivePool2d(ConvReLUPool2d):
             return self._block(input, self.weight, self.bias, window)
         z = self._conv_forward(input, self.weight, self.bias)
         pool = F.adaptive_max_pool2d if self.pool == "max" else F.adaptive_avg_pool2d
-        output: Tensor = pool(F.relu(z) if self.activation else z, self.adaptive_size)
+        output: Tensor = pool(F.relu(z) if self.activation else z, self.adaptive_size)  # type: ignore[arg-type]
         return output
 
 

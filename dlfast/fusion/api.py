@@ -63,9 +63,9 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
     inputs = as_inputs(example_inputs)
     found = look(model, inputs)
     if verbose:
-        from dlfast.fusion.table import print_table
+        from dlfast.fusion.table import of_survey, print_report
 
-        print_table(found, model)
+        print_report(of_survey(found, model))
     if not found.fused:
         warnings.warn(f"dlfast.fuse left {type(model).__name__} as it is: {_why_nothing(found)}", NotFusedWarning, 2)
         return model
@@ -126,7 +126,9 @@ def check_model(caller: str, model: object) -> None:
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise TypeError(f"{caller}: model must not be compiled, got {type(model).__name__}: fuse first, then compile")
+            raise TypeError(
+                f"{caller}: model must not be compiled, got {type(model).__name__}: fuse first, then compile"
+            )
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
@@ -171,7 +173,7 @@ def apply(found: Survey) -> None:
                 removed.setdefault(site.level.name, {True: set(), False: set()})[mode].add(node)
         for site in chain.sites:
             if site.module is not None and site not in gone:
-                kind = AbsorbedBatchNorm2d if site.module is chain.bn else Absorbed
+                kind: type[nn.Module] = AbsorbedBatchNorm2d if site.module is chain.bn else Absorbed
                 swaps[id(site.module)] = (site.module, kind, {})
             elif site.module is chain.bn and chain.bn is not None:
                 swaps[id(chain.bn)] = (chain.bn, AbsorbedBatchNorm2d, {})

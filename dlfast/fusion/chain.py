@@ -53,7 +53,9 @@ class Chain:
 
     @property
     def name(self) -> str:
-        return self.head.name if self.head.module is not None else f"{self.head.level.name or 'model'}: {self.head.name}"
+        return (
+            self.head.name if self.head.module is not None else f"{self.head.level.name or 'model'}: {self.head.name}"
+        )
 
     def describe(self) -> str:
         """For people: "conv → bn → relu → max 2x2"."""
@@ -166,9 +168,7 @@ def chains_of(level: Level, is_head: Callable[[Step], bool]) -> list[Chain]:
     return found
 
 
-def _matches(
-    graph: fx.Graph, root: nn.Module, is_head: Callable[[Step], bool]
-) -> list[tuple[Step, Run, Match]]:
+def _matches(graph: fx.Graph, root: nn.Module, is_head: Callable[[Step], bool]) -> list[tuple[Step, Run, Match]]:
     taken: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
@@ -197,7 +197,8 @@ def _fill(chain: Chain, start: Step, here: Match, there: Match) -> None:
     chain.adaptive = here.pool.adaptive if here.pool is not None else None
     for one, other in zip(here.absorbed, there.absorbed, strict=True):
         chain.sites.append(Site(level, {True: one.node, False: other.node}, one.module))
-    assert here.last is not None and there.last is not None
+    assert here.last is not None
+    assert there.last is not None
     chain.last = Site(level, {True: here.last.node, False: there.last.node}, here.last.module)
 
 

@@ -111,7 +111,10 @@ def _plan(conv: nn.Conv2d, chain: Chain, shape: torch.Size, dtype: torch.dtype) 
         options.update(pool_size=size, pool_stride=size)
     for name, value in options.items():
         block.__dict__[name] = value
-    return plan_block(block, torch.empty(shape, dtype=dtype, device=conv.weight.device))
+    # The gradient of images is seldom asked for.
+    like = torch.empty(shape, dtype=dtype, device=conv.weight.device, requires_grad=conv.in_channels > 4)
+    with torch.enable_grad():
+        return plan_block(block, like)
 
 
 def _some_tensor(chain: Chain) -> Tensor | None:

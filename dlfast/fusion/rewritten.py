@@ -86,7 +86,9 @@ def rewrite(level: Level, chains: list[Chain], removed: dict[bool, set[fx.Node]]
             _call_function(own, chain, copied, mode)
         for node in removed[mode]:
             here = copied[node]
-            here.replace_all_uses_with(here.args[0] if here.args else here.kwargs["input"])
+            source = here.args[0] if here.args else here.kwargs["input"]
+            assert isinstance(source, fx.Node)
+            here.replace_all_uses_with(source)
             own.erase_node(here)
         for node in own.nodes:
             node.type = None  # annotations would need names of the user's module
@@ -125,5 +127,3 @@ def _load(place: tuple[str, str], default: Any = None) -> Any:
     for part in path.split(".") if path else ():
         value = getattr(value, part, default)
     return value
-
-

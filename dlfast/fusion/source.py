@@ -199,9 +199,8 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        of_another = "." in getattr(self.code, "co_qualname", "") and "<locals>" not in self.code.co_qualname
-        if not self.self_name and of_another:
-            self._not_rewritten(node, f"is a method of something else ({self.code.co_qualname})")
+        if not self.self_name and self.code.co_varnames[:1] == ("self",):
+            self._not_rewritten(node, "is a method of something else")
         for statement in node.body:  # neither decorators nor annotations
             self.visit(statement)
 
@@ -231,9 +230,9 @@ class _Reader(ast.NodeVisitor):
         """A call of something that is not of this function: torch's, builtin, or traced in its turn."""
         owner = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or "builtins"
         top = owner.partition(".")[0]
-        if isinstance(value, ModuleType) and top not in ("torch", "math", "functools", "operator", "dlfast"):
-            self._not_rewritten(node, f"calls `{name}`, which a trace would freeze")
-        elif top in ("random", "time", "os", "numpy"):
+        if (
+            isinstance(value, ModuleType) and top not in ("torch", "math", "functools", "operator", "dlfast")
+        ) or top in ("random", "time", "os", "numpy"):
             self._not_rewritten(node, f"calls `{name}`, which a trace would freeze")
 
     # ---- What is read from the module
@@ -276,9 +275,9 @@ class _Reader(ast.NodeVisitor):
 
 def _is_method_of(code: CodeType, kind: type) -> bool:
     functions = (vars(base).get(code.co_name) for base in kind.__mro__)
-    codes = [function.__code__ for function in functions if hasattr(function, "__code__")]
+    codes = [getattr(function, "__code__", None) for function in functions]
     # Not by identity: fx runs a changed copy of a function with keyword-only arguments.
-    return any((c.co_filename, c.co_firstlineno) == (code.co_filename, code.co_firstlineno) for c in codes)
+    return any(c and (c.co_filename, c.co_firstlineno) == (code.co_filename, code.co_firstlineno) for c in codes)
 
 
 def _root(node: ast.expr) -> ast.expr:

@@ -84,11 +84,11 @@ def recognise(node: fx.Node, root: nn.Module) -> Step:
 def _of_module(node: fx.Node, module: nn.Module) -> Step:
     kind = type(module)
     why_not = _hooks_of(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
-    if kind is nn.Conv2d:
+    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         return Step("conv", node, module, why_not=why_not or _extras_of(module))
     if kind is nn.BatchNorm2d:
         return Step("bn", node, module, why_not=why_not)
-    if kind is nn.ReLU:
+    if isinstance(module, nn.ReLU) and kind is nn.ReLU:
         return Step("relu", node, module, in_place=module.inplace, why_not=why_not)
     if kind in (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d):
         return _of_pool(node, module, why_not, own=True)

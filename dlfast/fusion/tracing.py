@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,9 +131,12 @@ def _recording(entered: dict[Entered, None]) -> Iterator[None]:
         if event == "call":
             entered[Entered(frame.f_code, frame.f_globals)] = None
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # what it would run, finalisers of anybody's, is no part of the forward
     sys.setprofile(note)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()

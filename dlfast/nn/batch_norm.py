@@ -85,7 +85,7 @@ class BNReLUPool2d(nn.BatchNorm2d):
         self.window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        self._check_input_dim(input)
         return normalise(self, input, self.window)
 
     def extra_repr(self) -> str:
@@ -185,7 +185,7 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
         """
         if type(bn) is not nn.BatchNorm2d:
             raise TypeError(f"bn must be a plain nn.BatchNorm2d, got {type(bn).__name__}")
-        layer = super().from_modules(conv, pool, activation=activation)  # type: ignore[arg-type]
+        layer = super().from_modules(conv, pool, activation=activation)
         layer.bn = bn
         layer.train(conv.training)
         return layer

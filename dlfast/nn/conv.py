@@ -109,9 +109,7 @@ class ConvReLUPool2d(nn.Conv2d):
     @property
     def window(self) -> Window:
         """Activation and pooling as one value."""
-        return Window(
-            self.activation, self.pool, self.pool_size, self.pool_stride, self.pool_padding, self.ceil_mode
-        )
+        return Window(self.activation, self.pool, self.pool_size, self.pool_stride, self.pool_padding, self.ceil_mode)
 
     @classmethod
     def from_modules(

@@ -13,7 +13,8 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
     Computed in float32 at least, and returned in the dtype of the convolution.
     """
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
     scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
     if bn.weight is not None:
@@ -76,6 +77,10 @@ class Folded:
 
 def _may_keep(tensors: list[Tensor]) -> bool:
     """Not while somebody traces, on tensors that are not plain, or that count no versions."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    ):
         return False
     return all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -95,4 +93,3 @@ class ReLUPool2d(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.window)
-

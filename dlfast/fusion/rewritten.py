@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import fx, nn
@@ -60,6 +60,12 @@ class RewrittenForward:
     def __signature__(self) -> inspect.Signature:
         whole = inspect.signature(type(self.module).forward)
         return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        """Where torch.export looks for the code that runs."""
+        code: CodeType = self._forward[self.module.training].__code__
+        return code
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_forward"}

@@ -76,6 +76,8 @@ def _unfit(model: nn.Module) -> str:
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             return "it is, or contains, a scripted or frozen module"
+        if type(module).__module__.startswith("torch.ao."):
+            return "it is quantised, or prepared for it"
         if "_dlfast_plain" in module.__dict__:
             return "it is already fused"
     tensors = [*model.parameters(), *model.buffers()]

@@ -16,6 +16,8 @@ from dlfast.fusion.api import NotFusedWarning, as_inputs, check_model, fuse, is_
 
 # In float64 no maximum of a window is decided by rounding, and sums of any order agree far better than this.
 DOUBLE_TOLERANCE = 1e-9
+# Below this share of the largest number of its kind a quantity is compared with that share.
+NO_SCALE = 1e-3
 # In the model's own dtype either model is compared with the original in float64.
 WORSE_THAN_ORIGINAL = 4.0
 
@@ -160,17 +162,33 @@ def _fixed_like(tensor: Tensor) -> Tensor:
 def _differences(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype, training: bool
 ) -> Iterator[Difference]:
+    """Quantities of a kind (outputs, gradients, buffers) are judged by the largest number and the largest error
+    among them: a gradient that is 0 but for rounding has no scale of its own, and errors grow from layer to layer.
+    """
     mode = "training" if training else "evaluation"
-    for name, want in theirs.items():
-        if name not in ours:
-            yield Difference(dtype, mode, f"{name} (missing)", float("inf"), 0.0)
-            continue
-        truth = exact[name].double()
-        scale = truth.abs().max().item() if truth.numel() else 0.0
-        allowed = DOUBLE_TOLERANCE
-        if dtype != torch.float64:
-            allowed = WORSE_THAN_ORIGINAL * _relative(want, truth, scale) + 64 * torch.finfo(dtype).eps
-        yield Difference(dtype, mode, name, _relative(ours[name], truth, scale), allowed)
+    largest: dict[str, float] = {}
+    for name, truth in exact.items():
+        largest[_kind(name)] = max(largest.get(_kind(name), 0.0), _magnitude(truth))
+    scales = {name: max(_magnitude(truth), NO_SCALE * largest[_kind(name)]) for name, truth in exact.items()}
+    allowed = dict.fromkeys(largest, DOUBLE_TOLERANCE)
+    if dtype != torch.float64:
+        allowed = dict.fromkeys(largest, 64 * torch.finfo(dtype).eps)
+        for name, have in theirs.items():
+            error = WORSE_THAN_ORIGINAL * _relative(have, exact[name], scales[name])
+            allowed[_kind(name)] = max(allowed[_kind(name)], error)
+    for name, truth in exact.items():
+        if name in ours:
+            yield Difference(dtype, mode, name, _relative(ours[name], truth, scales[name]), allowed[_kind(name)])
+        else:
+            yield Difference(dtype, mode, f"{name} (missing)", float("inf"), allowed[_kind(name)])
+
+
+def _kind(quantity: str) -> str:
+    return quantity.partition(" ")[0]
+
+
+def _magnitude(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def _relative(have: Tensor, want: Tensor, scale: float) -> float:

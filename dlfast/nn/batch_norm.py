@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from dlfast.nn.conv import ConvReLUPool2d
+from dlfast.nn.exporting import is_exporting
 from dlfast.nn.folding import Folded, may_fold
 from dlfast.nn.norm import batch_norm_relu_pool2d
 from dlfast.nn.window import Window
@@ -192,7 +193,7 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         bn = self.bn
-        if uses_batch_statistics(bn) or not may_fold(self, bn):
+        if uses_batch_statistics(bn) or not may_fold(self, bn) or is_exporting():
             return normalise(bn, self._conv_forward(input, self.weight, self.bias), self.window)
         weight, bias = Folded.of(self, bn)
         return self._block(input, weight, bias, self.window)

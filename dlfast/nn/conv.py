@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlfast import reference
+from dlfast.nn.exporting import is_exporting
 from dlfast.nn.window import Window
 from dlfast.ops import Size2, conv_relu_pool2d, pair
 
@@ -154,7 +156,8 @@ class ConvReLUPool2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return conv_relu_pool2d(
+        block = reference.conv_relu_pool2d if is_exporting() else conv_relu_pool2d
+        return block(
             input,
             weight,
             bias,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dlfast import reference
 from dlfast._native import native
+from dlfast.nn.exporting import is_exporting
 from dlfast.nn.window import Window
 from dlfast.ops import Size2
 
@@ -82,7 +83,7 @@ def _is_native(input: Tensor, others: list[Tensor]) -> bool:
     """Whether the compiled operator takes it; what it does not take PyTorch computes, or refuses."""
     if native.module is None or input.device.type not in ("cpu", "meta") or input.dim() != 4 or input.numel() == 0:
         return False
-    if input.dtype not in DTYPES or torch._C._are_functorch_transforms_active():
+    if input.dtype not in DTYPES or torch._C._are_functorch_transforms_active() or is_exporting():
         return False
     channels = input.shape[1:2]
     wide = torch.promote_types(input.dtype, torch.float32)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dlfast import reference
 from dlfast._native import NATIVE_DEVICES
+from dlfast.nn.exporting import is_exporting
 from dlfast.nn.window import Window
 from dlfast.ops import Size2, pair
 
@@ -40,7 +41,8 @@ def relu_pool2d(
     >>> torch.equal(y, torch.nn.functional.max_pool2d(x.relu(), 3, 2))
     True
     """
-    if input.device.type not in NATIVE_DEVICES or torch._C._are_functorch_transforms_active():
+    traced = torch._C._are_functorch_transforms_active() or is_exporting()
+    if traced or input.device.type not in NATIVE_DEVICES:
         return reference.relu_pool2d(
             input, activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,
             pool_padding=pool_padding, ceil_mode=ceil_mode,

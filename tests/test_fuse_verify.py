@@ -37,10 +37,10 @@ def test_finds_a_mistake(mistake):
     elif mistake == "activation":
         model[0].activation = None
     elif mistake == "weight":
-        model[0].__dict__["bn"] = nn.BatchNorm2d(8)
+        model[0].bn = nn.BatchNorm2d(8)
         nn.init.constant_(model[0].bn.weight, 1.00001)
     else:
-        model[0].__dict__["bn"] = nn.BatchNorm2d(8, momentum=0.11)
+        model[0].bn = nn.BatchNorm2d(8, eps=1.1e-5)
     if mistake == "window":
         with pytest.raises(RuntimeError, match="size"):
             dlfast.verify(model, x)
@@ -88,15 +88,8 @@ def test_bytes_saved_are_those_measured():
     from dlfast.measure import saved_bytes
 
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-    )
+    first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+    model = nn.Sequential(*first, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
     x = torch.randn(4, 3, 30, 30)
     fused = dlfast.fuse(model, x)
     less = saved_bytes(model, x) - saved_bytes(fused, x)

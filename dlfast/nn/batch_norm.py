@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dlfast.nn.conv import ConvReLUPool2d
@@ -196,6 +197,9 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
         if uses_batch_statistics(bn) or not may_fold(self, bn) or is_exporting():
             return normalise(bn, self._conv_forward(input, self.weight, self.bias), self.window)
         weight, bias = Folded.of(self, bn)
+        if self.pool is None:  # nothing is left but PyTorch's convolution, and ReLU on a tensor nobody else has
+            z = self._conv_forward(input, weight, bias)
+            return torch.relu_(z) if self.activation else z
         return self._block(input, weight, bias, self.window)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,9 +14,12 @@ from fuse_models import AWKWARD, CONV_LEFT_ALONE, LEFT_ALONE, Plain, example_of
 from torch import nn
 
 import dlfast
+from dlfast import _native
 from dlfast.fusion import NotFusedWarning
 from dlfast.fusion.api import is_fused
 from dlfast.fusion.survey import survey
+
+pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
 
 
 def independent(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ import dlfast
 from dlfast import _native
 from dlfast.measure import saved_bytes
 
-needs_native = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
+pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
 
 
 class Net(nn.Module):
@@ -179,7 +179,6 @@ def test_inference_mode_saves_nothing_and_training_goes_on():
     assert_all_close(gradients(fused, fused, images()), gradients(plain, plain, images()))
 
 
-@needs_native
 def test_keeps_less_for_backward():
     fused, plain = pair()
     x = images(8)

@@ -8,6 +8,9 @@ from fuse_models import AWKWARD, Coin, Hooked, Plain, example_of
 from torch import nn
 
 import dlfast
+from dlfast import _native
+
+pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
 
 
 @pytest.mark.parametrize("kind", AWKWARD, ids=lambda kind: kind.__name__)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import dlfast
+from dlfast import _native
 from dlfast.fusion import NotFusedWarning
 
 torchvision = pytest.importorskip("torchvision")
@@ -27,6 +28,8 @@ NAMES = ALL if os.environ.get("DLFAST_ZOO") == "all" else DOZEN
 # Smallest images that the model accepts with more than one position left for its last normalisation.
 SIZES = {"inception_v3": 160, "alexnet": 96, "googlenet": 64}
 LARGE = 150e6  # parameters: copies in float64 and three steps would need too much memory
+
+pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
 
 
 def build(name: str) -> nn.Module:

@@ -67,20 +67,23 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
 
         print_report(of_survey(found, model))
     if not found.fused:
-        warnings.warn(f"dlfast.fuse left {type(model).__name__} as it is: {_why_nothing(found)}", NotFusedWarning, 2)
-        return model
+        return _left(model, _why_nothing(found))
+    target = model
     if not inplace:
         try:
-            model = share(model)
+            target = share(model)
         except Exception as error:
-            warnings.warn(
-                f"dlfast.fuse left {type(model).__name__} as it is: it cannot be copied ({error}); try inplace=True",
-                NotFusedWarning,
-                stacklevel=2,
-            )
-            return model
-        found = look(model, inputs)
-    apply(found)
+            return _left(model, f"it cannot be copied ({error}); try inplace=True")
+        found = look(target, inputs)
+    try:
+        apply(found)
+    except CannotRewrite as error:
+        return _left(model, str(error))
+    return target
+
+
+def _left(model: M, why_not: str) -> M:
+    warnings.warn(f"dlfast.fuse left {type(model).__name__} as it is: {why_not}", NotFusedWarning, stacklevel=3)
     return model
 
 
@@ -198,6 +201,3 @@ def _head(chain: Chain) -> tuple[type[nn.Module], dict[str, Any]]:
             return HEADS["conv adaptive"], {**attributes, "adaptive_size": chain.adaptive}
         return HEADS["conv"], attributes
     return HEADS[chain.kind], {"window": chain.window}
-
-
-__all__ = ["CannotRewrite", "NotFusedWarning", "fuse", "is_fused", "unfuse"]

@@ -124,7 +124,9 @@ def _some(names: list[str]) -> str:
 
 def _path(chain: Chain) -> str:
     if chain.bn is not None and chain.kind == "conv":
-        return "training: one pass after the convolution; evaluation: folded into it"
+        on_cpu = chain.bn.running_mean is None or chain.bn.running_mean.device.type == "cpu"
+        training = "one pass after the convolution" if on_cpu else "PyTorch's operators"
+        return f"training: {training}; evaluation: folded into it"
     if chain.kind != "conv":
         return "one pass"
     if chain.plan is None:

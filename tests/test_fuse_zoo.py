@@ -26,7 +26,7 @@ DOZEN = [
 ]  # fmt: skip
 NAMES = ALL if os.environ.get("DLFAST_ZOO") == "all" else DOZEN
 # Smallest images that the model accepts with more than one position left for its last normalisation.
-SIZES = {"inception_v3": 160, "alexnet": 96, "googlenet": 64}
+SIZES = {"inception_v3": 160, "alexnet": 96, "regnet_x_400mf": 128}
 LARGE = 150e6  # parameters: copies in float64 and three steps would need too much memory
 
 pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dlfast
-from dlfast.bench.problems import COMPILED, MODES, Call, Problem, Variant, _add
+from dlfast.bench.problems import COMPILED, MODES, Call, Problem, Variant, add
 
 # Batch of images of 224x224 for each model: a training step takes about a second on two cores.
 MODELS: dict[str, int] = {
@@ -44,7 +44,7 @@ def models(names: list[str], batch_size: int | None, compile: bool, device: str)
         for ours in (True, False):
             for mode, channels_last, compiled in MODES + (COMPILED if compile and not ours else []):
                 label = ("dlfast" if ours else "PyTorch") + mode
-                _add(problem, _variant(label, ours, model, images, labels, channels_last, compiled))
+                add(problem, _variant(label, ours, model, images, labels, channels_last, compiled))
         found = dlfast.explain(model, images)
         problem.notes.append(str(found).partition("\n")[0])
         yield problem

@@ -11,7 +11,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 STANDARD = r"<[a-z_]+>"  # <vector>, <cstdint>
 COMMON = r'"common/[a-z_0-9]+\.(h|cuh)"'
-OWN = r'"(conv_relu_pool|optim)/(params|step|relu_pool|cpu_\w+|launch)\.h"'
+OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|relu_pool|cpu_\w+|launch)\.h"'
 KERNELS = r'"(conv_relu_pool|optim)/kernel_\w+\.cuh"'
 CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 

@@ -44,6 +44,20 @@ TORCH_LIBRARY(dlfast, m) {
   m.def(
       "_relu_pool2d_transpose(Tensor grad_input, Tensor code, str? activation, str? pool, "
       "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode) -> Tensor");
+
+  // ---- Batch normalisation, activation and pooling ----------------------------------------------------
+  // On the CPU. mean and var [C] are given where they are fixed, and empty in the result; else they are the
+  // batch's, var the biased one. code is that of _conv_relu_pool2d for max pooling and else empty.
+  m.def(
+      "_batch_norm_relu_pool2d(Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+      "float eps, str? activation, str? pool, int[2] pool_size, int[2] pool_stride, int[2] pool_padding, "
+      "bool ceil_mode, bool save_code) -> (Tensor output, Tensor code, Tensor batch_mean, Tensor batch_var)");
+  // Where output_mask is false the result is an empty tensor.
+  m.def(
+      "_batch_norm_relu_pool2d_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor var, Tensor code, bool batch_statistics, float eps, str? activation, str? pool, "
+      "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode, bool[3] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
 namespace {

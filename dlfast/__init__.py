@@ -2,7 +2,11 @@
 
 from dlfast import models, nn, optim, reference
 from dlfast.explain import explain
+from dlfast.fusion import NotFusedWarning, fuse, unfuse, verify
 from dlfast.ops import conv_relu_pool2d
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "conv_relu_pool2d", "explain", "models", "nn", "optim", "reference"]
+__all__ = [
+    "NotFusedWarning", "__version__", "conv_relu_pool2d", "explain", "fuse", "models", "nn", "optim", "reference",
+    "unfuse", "verify",
+]  # fmt: skip

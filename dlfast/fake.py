@@ -89,6 +89,33 @@ def _relu_pool2d_transpose(
     return torch.empty_like(output).to(memory_format=torch._prims_common.suggest_memory_format(like))
 
 
+def _batch_norm_relu_pool2d(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    eps: float, activation: str | None, pool: str | None, pool_size: Sizes, pool_stride: Sizes,
+    pool_padding: Sizes, ceil_mode: bool, save_code: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    output, code = _relu_pool2d(
+        input, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code and pool == "max"
+    )
+    wide = torch.promote_types(input.dtype, torch.float32)
+    statistics = input.new_empty([0 if mean is not None else input.shape[1]], dtype=wide)
+    return output, code, statistics, torch.empty_like(statistics)
+
+
+def _batch_norm_relu_pool2d_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    code: Tensor, batch_statistics: bool, eps: float, activation: str | None, pool: str | None,
+    pool_size: Sizes, pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_input = torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
+    vectors = [torch.empty_like(mean) if like is None else torch.empty_like(like) for like in (weight, bias)]
+    nothing = input.new_empty([0])
+    grads = [
+        grad if wanted else nothing.clone() for grad, wanted in zip([grad_input, *vectors], output_mask, strict=True)
+    ]
+    return grads[0], grads[1], grads[2]
+
+
 def register() -> None:
     """Register every fake kernel; called once, when the compiled operators have been loaded."""
     kernels: dict[str, Any] = {
@@ -97,6 +124,8 @@ def register() -> None:
         "_relu_pool2d": _relu_pool2d,
         "_relu_pool2d_backward": _relu_pool2d_backward,
         "_relu_pool2d_transpose": _relu_pool2d_transpose,
+        "_batch_norm_relu_pool2d": _batch_norm_relu_pool2d,
+        "_batch_norm_relu_pool2d_backward": _batch_norm_relu_pool2d_backward,
     }
     for name, kernel in kernels.items():
         register_fake(f"dlfast::{name}")(kernel)

@@ -66,6 +66,36 @@ def relu_pool2d(
     return input
 
 
+def batch_norm_relu_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    pool: str | None = "max",
+    pool_size: int | Sequence[int] = 2,
+    pool_stride: int | Sequence[int] | None = None,
+    pool_padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Batch normalisation, then `activation`, then pooling; see :func:`dlfast.nn.batch_norm_relu_pool2d`."""
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return relu_pool2d(
+        output,
+        activation=activation,
+        pool=pool,
+        pool_size=pool_size,
+        pool_stride=pool_stride,
+        pool_padding=pool_padding,
+        ceil_mode=ceil_mode,
+    )
+
+
 # ---- Optimizer steps: one tensor, in place ----------------------------------------------------------------
 # 16-bit parameters are read into float32, computed with in float32, and rounded once when written; so are
 # their states. float32 and float64 compute in themselves.

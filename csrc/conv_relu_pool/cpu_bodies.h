@@ -18,6 +18,7 @@
 #include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
 #include "conv_relu_pool/cpu_peak.h"
+#include "bn_relu_pool/cpu_norm.h"
 // clang-format on
 
 namespace dlfast {
@@ -31,6 +32,10 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .relu_pool = {.forward = level::relu_pool_forward,
                     .backward = level::relu_pool_backward,
                     .transpose = level::relu_pool_transpose},
+      .norm = {.moments = level::norm_moments,
+               .forward = level::norm_forward,
+               .reduce = level::norm_reduce,
+               .backward = level::norm_backward},
       .forward = level::forward,
       .forward_scratch = level::forward_scratch,
       .grad_weight = level::grad_weight,

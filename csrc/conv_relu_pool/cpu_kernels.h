@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "bn_relu_pool/cpu_norm_kernels.h"
 #include "common/simd.h"
 #include "conv_relu_pool/params.h"
 #include "conv_relu_pool/relu_pool.h"
@@ -24,6 +25,7 @@ struct ConvBlockParams {
 
 struct CpuKernels {
   ReluPoolBackend relu_pool;
+  NormKernels norm;
 
   // weight [K, C / groups, kh, kw] contiguous, bias [K] or null, y and code as in relu_pool.h (code may be
   // null). scratch holds forward_scratch(p, dtype, threads) floats. False, and the result unusable, where

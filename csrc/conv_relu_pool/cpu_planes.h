@@ -4,6 +4,23 @@
 
 namespace dlfast::DLFAST_LEVEL {
 
+// What happens to z before the activation: z + bias, or z * scale + shift, each [C] or null. A product with 1
+// is exact, so that one body serves all.
+template <typename T>
+struct Affine {
+  const T* bias = nullptr;
+  const Compute<T>* scale = nullptr;
+  const Compute<T>* shift = nullptr;
+
+  DLFAST_INLINE Compute<T> scale_of(int64_t channel) const {
+    return scale == nullptr ? Compute<T>(1) : scale[channel];
+  }
+  DLFAST_INLINE Compute<T> shift_of(int64_t channel) const {
+    if (bias != nullptr) return static_cast<Compute<T>>(bias[channel]);
+    return shift == nullptr ? Compute<T>(0) : shift[channel];
+  }
+};
+
 // N numbers `stride` apart.
 template <int N, typename T>
 DLFAST_INLINE Vec<Compute<T>, N> load_strided(const T* p, int64_t stride) {
@@ -16,7 +33,7 @@ template <typename T, typename Code>
 struct PlaneForward {
   const ReluPoolParams& p;
   const T* z;  // the plane
-  Compute<T> bias;
+  Compute<T> scale, shift;
   T* y;        // the plane
   Code* code;  // the plane, or null
 
@@ -29,7 +46,7 @@ struct PlaneForward {
     winner.start((rows.begin - rows.origin) * p.window.size[1] + cols.begin - cols.origin);
     for (int64_t h = rows.begin; h < rows.end; ++h) {
       for (int64_t w = cols.begin; w < cols.end; ++w) {
-        const V v = load_strided<N>(z + h * p.input_size[1] + w, p.window.stride[1]) + bias;
+        const V v = load_strided<N>(z + h * p.input_size[1] + w, p.window.stride[1]) * scale + shift;
         winner.offer(v, (h - rows.origin) * p.window.size[1] + w - cols.origin);
       }
     }
@@ -41,16 +58,19 @@ struct PlaneForward {
 };
 
 template <typename T, typename Code>
-void forward_max_planes(const ReluPoolParams& p, const T* z, const T* bias, T* y, Code* code) {
+void forward_max_planes(const ReluPoolParams& p, const T* z, const Affine<T>& affine, T* y, Code* code) {
   const int64_t plane = p.input_size[0] * p.input_size[1], pooled = p.output_size[0] * p.output_size[1];
   const int64_t pooled_width = p.output_size[1];
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, plane));
   at::parallel_for(0, p.batch * p.channels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
-      const PlaneForward<T, Code> forward{
-          p, z + image * plane,
-          bias == nullptr ? Compute<T>(0) : static_cast<Compute<T>>(bias[image % p.channels]),
-          y + image * pooled, code == nullptr ? nullptr : code + image * pooled};
+      const int64_t channel = image % p.channels;
+      const PlaneForward<T, Code> forward{p,
+                                          z + image * plane,
+                                          affine.scale_of(channel),
+                                          affine.shift_of(channel),
+                                          y + image * pooled,
+                                          code == nullptr ? nullptr : code + image * pooled};
       for (int64_t py = 0; py < p.output_size[0]; ++py) {
         const Span rows = window_span(p, 0, py);
         for (int64_t px = 0; px < pooled_width;) {

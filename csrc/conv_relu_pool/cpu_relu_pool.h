@@ -29,24 +29,32 @@ DLFAST_INLINE void for_each_vector(int64_t lanes, const Body& body) {
   for (; c < lanes; ++c) body(std::integral_constant<int, 1>{}, c);
 }
 
+// `Affine` of N lanes: channels side by side, or one channel's plane.
 template <typename T>
-struct BiasOf {
-  const T* bias;
+struct AffineLanes {
+  const Affine<T>& affine;
   bool per_lane;
   int64_t channels;
   template <int N>
-  DLFAST_INLINE Vec<Compute<T>, N> at(int64_t image, int64_t c) const {
-    if (bias == nullptr) return Vec<Compute<T>, N>{};
-    if (per_lane) return load_compute<N>(bias + c);
-    return broadcast<Vec<Compute<T>, N>>(static_cast<Compute<T>>(bias[image % channels]));
+  DLFAST_INLINE Vec<Compute<T>, N> scale(int64_t image, int64_t c) const {
+    using V = Vec<Compute<T>, N>;
+    if (affine.scale == nullptr) return broadcast<V>(Compute<T>(1));
+    return per_lane ? load<V>(affine.scale + c) : broadcast<V>(affine.scale[image % channels]);
+  }
+  template <int N>
+  DLFAST_INLINE Vec<Compute<T>, N> shift(int64_t image, int64_t c) const {
+    using V = Vec<Compute<T>, N>;
+    if (!per_lane) return broadcast<V>(affine.shift_of(image % channels));
+    if (affine.bias != nullptr) return load_compute<N>(affine.bias + c);
+    return affine.shift == nullptr ? V{} : load<V>(affine.shift + c);
   }
 };
 
 template <typename T, typename Code>
-void forward_max(const ReluPoolParams& p, const T* z, const T* bias, T* y, Code* code) {
-  if (!p.channels_last) return forward_max_planes(p, z, bias, y, code);
+void forward_max(const ReluPoolParams& p, const T* z, const Affine<T>& affine, T* y, Code* code) {
+  if (!p.channels_last) return forward_max_planes(p, z, affine, y, code);
   const Layout layout(p);
-  const BiasOf<T> bias_of{bias, p.channels_last, p.channels};
+  const AffineLanes<T> lanes_of{affine, p.channels_last, p.channels};
   const int64_t width = p.input_size[1], pooled_width = p.output_size[1], lanes = layout.lanes;
   for_each_row(layout, p.output_size[0], pooled_width * lanes, [&](int64_t image, int64_t py) {
     const Span rows = window_span(p, 0, py);
@@ -56,12 +64,12 @@ void forward_max(const ReluPoolParams& p, const T* z, const T* bias, T* y, Code*
       for_each_vector(lanes, [&](auto n, int64_t c) {
         constexpr int N = decltype(n)::value;
         using V = Vec<Compute<T>, N>;
-        const V b = bias_of.template at<N>(image, c);
+        const V a = lanes_of.template scale<N>(image, c), b = lanes_of.template shift<N>(image, c);
         Winner<V> winner;
         winner.start((rows.begin - rows.origin) * p.window.size[1] + cols.begin - cols.origin);
         for (int64_t h = rows.begin; h < rows.end; ++h) {
           for (int64_t w = cols.begin; w < cols.end; ++w) {
-            const V v = load_compute<N>(z + ((image * p.input_size[0] + h) * width + w) * lanes + c) + b;
+            const V v = load_compute<N>(z + ((image * p.input_size[0] + h) * width + w) * lanes + c) * a + b;
             winner.offer(v, (h - rows.origin) * p.window.size[1] + w - cols.origin);
           }
         }
@@ -74,9 +82,9 @@ void forward_max(const ReluPoolParams& p, const T* z, const T* bias, T* y, Code*
 }
 
 template <typename T>
-void forward_avg(const ReluPoolParams& p, const T* z, const T* bias, T* y) {
+void forward_avg(const ReluPoolParams& p, const T* z, const Affine<T>& affine, T* y) {
   const Layout layout(p);
-  const BiasOf<T> bias_of{bias, p.channels_last, p.channels};
+  const AffineLanes<T> lanes_of{affine, p.channels_last, p.channels};
   const int64_t width = p.input_size[1], pooled_width = p.output_size[1], lanes = layout.lanes;
   for_each_row(layout, p.output_size[0], pooled_width * lanes, [&](int64_t image, int64_t py) {
     const Span rows = window_span(p, 0, py);
@@ -87,11 +95,11 @@ void forward_avg(const ReluPoolParams& p, const T* z, const T* bias, T* y) {
       for_each_vector(lanes, [&](auto n, int64_t c) {
         constexpr int N = decltype(n)::value;
         using V = Vec<Compute<T>, N>;
-        const V b = bias_of.template at<N>(image, c);
+        const V a = lanes_of.template scale<N>(image, c), b = lanes_of.template shift<N>(image, c);
         V sum{};
         for (int64_t h = rows.begin; h < rows.end; ++h) {
           for (int64_t w = cols.begin; w < cols.end; ++w) {
-            const V v = load_compute<N>(z + ((image * p.input_size[0] + h) * width + w) * lanes + c) + b;
+            const V v = load_compute<N>(z + ((image * p.input_size[0] + h) * width + w) * lanes + c) * a + b;
             sum += p.activation == Activation::relu ? relu(v) : v;
           }
         }
@@ -103,7 +111,7 @@ void forward_avg(const ReluPoolParams& p, const T* z, const T* bias, T* y) {
 
 // One bit per element of z in memory order: set where gradient passes the ReLU.
 template <typename T>
-void relu_mask(const ReluPoolParams& p, const T* z, const T* bias, uint8_t* mask) {
+void relu_mask(const ReluPoolParams& p, const T* z, const Affine<T>& affine, uint8_t* mask) {
   const int64_t numel = p.input_numel(), plane = p.input_size[0] * p.input_size[1];
   at::parallel_for(0, (numel + 7) / 8, kGrain / 8, [&](int64_t begin, int64_t end) {
     for (int64_t byte = begin; byte < end; ++byte) {
@@ -111,10 +119,8 @@ void relu_mask(const ReluPoolParams& p, const T* z, const T* bias, uint8_t* mask
       const int64_t last = std::min<int64_t>(8, numel - byte * 8);
       for (int64_t j = 0; j < last; ++j) {
         const int64_t i = byte * 8 + j;
-        auto v = static_cast<Compute<T>>(z[i]);
-        if (bias != nullptr) {
-          v += static_cast<Compute<T>>(bias[p.channels_last ? i % p.channels : i / plane % p.channels]);
-        }
+        const int64_t channel = p.channels_last ? i % p.channels : i / plane % p.channels;
+        const auto v = static_cast<Compute<T>>(z[i]) * affine.scale_of(channel) + affine.shift_of(channel);
         bits |= static_cast<unsigned>(!(v <= 0)) << j;
       }
       mask[byte] = static_cast<uint8_t>(bits);
@@ -124,9 +130,9 @@ void relu_mask(const ReluPoolParams& p, const T* z, const T* bias, uint8_t* mask
 
 // y may be z.
 template <typename T>
-void forward_elementwise(const ReluPoolParams& p, const T* z, const T* bias, T* y) {
+void forward_elementwise(const ReluPoolParams& p, const T* z, const Affine<T>& affine, T* y) {
   const Layout layout(p);
-  const BiasOf<T> bias_of{bias, p.channels_last, p.channels};
+  const AffineLanes<T> lanes_of{affine, p.channels_last, p.channels};
   // What shares a bias or has one each: the channels of a pixel, or a row of a plane.
   const int64_t run = p.channels_last ? layout.lanes : p.input_size[1];
   const int64_t row = p.input_size[1] * layout.lanes;
@@ -135,7 +141,8 @@ void forward_elementwise(const ReluPoolParams& p, const T* z, const T* bias, T* 
     for (int64_t at = begin; at < begin + row; at += run) {
       for_each_vector(run, [&](auto n, int64_t c) {
         constexpr int N = decltype(n)::value;
-        const auto v = load_compute<N>(z + at + c) + bias_of.template at<N>(image, c);
+        const auto a = lanes_of.template scale<N>(image, c), b = lanes_of.template shift<N>(image, c);
+        const auto v = load_compute<N>(z + at + c) * a + b;
         store_compute<N>(y + at + c, p.activation == Activation::relu ? relu(v) : v);
       });
     }
@@ -265,23 +272,27 @@ void dispatch_dtype(Dtype dtype, const Body& body) {
   }
 }
 
-void relu_pool_forward(const ReluPoolParams& p, Dtype dtype, const void* z_, const void* bias_, void* y_,
+// y and the code from z; code may be null where it is not wanted.
+template <typename T>
+void forward_any(const ReluPoolParams& p, const T* z, const Affine<T>& affine, T* y, void* code) {
+  switch (p.pool) {
+    case Pool::none:
+      return forward_elementwise(p, z, affine, y);
+    case Pool::avg:
+      if (code != nullptr) relu_mask(p, z, affine, static_cast<uint8_t*>(code));
+      return forward_avg(p, z, affine, y);
+    case Pool::max:
+      if (p.wide_code()) return forward_max(p, z, affine, y, static_cast<int32_t*>(code));
+      return forward_max(p, z, affine, y, static_cast<uint8_t*>(code));
+  }
+}
+
+void relu_pool_forward(const ReluPoolParams& p, Dtype dtype, const void* z, const void* bias, void* y,
                        void* code, void*) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
-    const T* z = static_cast<const T*>(z_);
-    const T* bias = static_cast<const T*>(bias_);
-    T* y = static_cast<T*>(y_);
-    switch (p.pool) {
-      case Pool::none:
-        return forward_elementwise(p, z, bias, y);
-      case Pool::avg:
-        if (code != nullptr) relu_mask(p, z, bias, static_cast<uint8_t*>(code));
-        return forward_avg(p, z, bias, y);
-      case Pool::max:
-        if (p.wide_code()) return forward_max(p, z, bias, y, static_cast<int32_t*>(code));
-        return forward_max(p, z, bias, y, static_cast<uint8_t*>(code));
-    }
+    const Affine<T> affine{.bias = static_cast<const T*>(bias)};
+    forward_any(p, static_cast<const T*>(z), affine, static_cast<T*>(y), code);
   });
 }
 

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import torch
 
-from dlfast.bench import accuracy, layers, optim, problems, protocol, report
+from dlfast.bench import accuracy, fused, layers, optim, problems, protocol, report
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
 from dlfast.models import NETWORKS
 from dlfast.plan import machine_speed
 
-TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "accuracy"]
+TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "accuracy", "fuse", *fused.MODELS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dlfast bench``."""
     parser.add_argument(
         "targets", nargs="*", metavar="TARGET", choices=[*TARGETS, []],
-        help=f"any of {', '.join(TARGETS)} (default: the five networks)",
+        help=f"any of {', '.join(TARGETS)}; fuse is all models of torchvision (default: the five networks)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="timed calls of each (default: 30)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="of the networks (default: their articles')")
@@ -99,4 +99,6 @@ def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Proble
     yield from problems.networks([t for t in targets if t in NETWORKS], args.batch_size, compile, device)
     if "layers" in targets:
         yield from layers.problems(compile, device)
+    models = list(fused.MODELS) if "fuse" in targets else [t for t in targets if t in fused.MODELS]
+    yield from fused.models(models, args.batch_size, compile, device)
     yield from optim.problems(targets, device)

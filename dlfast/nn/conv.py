@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlfast import reference
+from dlfast.nn.exporting import is_exporting
+from dlfast.nn.window import Window
 from dlfast.ops import Size2, conv_relu_pool2d, pair
 
 Self = TypeVar("Self", bound="ConvReLUPool2d")
@@ -48,6 +51,13 @@ class ConvReLUPool2d(nn.Conv2d):
     >>> plain.load_state_dict(layer.state_dict())
     <All keys matched successfully>
     """  # noqa: E501
+
+    activation: str | None
+    pool: str | None
+    pool_size: tuple[int, int]
+    pool_stride: tuple[int, int]
+    pool_padding: tuple[int, int]
+    ceil_mode: bool
 
     def __init__(
         self,
@@ -94,25 +104,14 @@ class ConvReLUPool2d(nn.Conv2d):
         ceil_mode: bool,
         activation: str | None,
     ) -> None:
-        if activation not in ("relu", None):
-            raise ValueError(f"activation must be 'relu' or None, got {activation!r}")
-        if pool not in ("max", "avg", None):
-            raise ValueError(f"pool must be 'max', 'avg' or None, got {pool!r}")
-        self.activation = activation
-        self.pool = pool
-        self.pool_size = pair("pool_size", pool_size)
-        self.pool_stride = self.pool_size if pool_stride is None else pair("pool_stride", pool_stride)
-        self.pool_padding = pair("pool_padding", pool_padding)
-        self.ceil_mode = ceil_mode
-        if min(self.pool_size) < 1 or min(self.pool_stride) < 1:
-            raise ValueError(
-                f"pool_size and pool_stride must be at least 1, got {self.pool_size} and {self.pool_stride}"
-            )
-        if any(p < 0 or 2 * p > k for p, k in zip(self.pool_padding, self.pool_size, strict=True)):
-            raise ValueError(
-                f"pool_padding must be between 0 and half of pool_size, got {self.pool_padding} "
-                f"for pool_size {self.pool_size}"
-            )
+        window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
+        for name, value in window.options().items():
+            setattr(self, name, value)
+
+    @property
+    def window(self) -> Window:
+        """Activation and pooling as one value."""
+        return Window(self.activation, self.pool, self.pool_size, self.pool_stride, self.pool_padding, self.ceil_mode)
 
     @classmethod
     def from_modules(
@@ -150,39 +149,28 @@ class ConvReLUPool2d(nn.Conv2d):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._block(input, self.weight, self.bias, self.window)
+
+    def _block(self, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
         padding: Size2 | str = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return conv_relu_pool2d(
+        block = reference.conv_relu_pool2d if is_exporting() else conv_relu_pool2d
+        return block(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
-            activation=self.activation,
-            pool=self.pool,
-            pool_size=self.pool_size,
-            pool_stride=self.pool_stride,
-            pool_padding=self.pool_padding,
-            ceil_mode=self.ceil_mode,
+            **window.options(),
         )
 
     def extra_repr(self) -> str:
         conv = super().extra_repr()  # type: ignore[no-untyped-call]
-        text = f"{conv}, activation={self.activation!r}, pool={self.pool!r}"
-        if self.pool is None:
-            return text
-        text += f", pool_size={self.pool_size}"
-        if self.pool_stride != self.pool_size:
-            text += f", pool_stride={self.pool_stride}"
-        if self.pool_padding != (0, 0):
-            text += f", pool_padding={self.pool_padding}"
-        if self.ceil_mode:
-            text += ", ceil_mode=True"
-        return text
+        return f"{conv}, {self.window}"
 
 
 class ConvReLU2d(ConvReLUPool2d):

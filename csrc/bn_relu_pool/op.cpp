@@ -1,0 +1,165 @@
+// Batch normalisation, activation and pooling as operators on CPU tensors: check, allocate, call the kernels.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+#include "conv_relu_pool/cpu_kernels.h"
+
+namespace dlfast {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalName = std::optional<std::string_view>;
+using OptionalTensor = std::optional<Tensor>;
+
+bool is_given(const OptionalTensor& tensor) {
+  return tensor && tensor->defined();
+}
+
+at::MemoryFormat format_of(const ReluPoolParams& p) {
+  return p.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// What vectors [C] are computed in: float, or double for float64.
+at::ScalarType compute_type(const Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor vector_of(const char* op, const char* name, const Tensor& vector, const Tensor& input) {
+  TORCH_CHECK(vector.device() == input.device(), op, ": ", name, " must be on the device of input (",
+              input.device(), "), got ", vector.device());
+  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == input.size(1), op, ": ", name, " must have shape [",
+              input.size(1), "], one number per channel, got ", vector.sizes());
+  return vector.to(compute_type(input)).contiguous();
+}
+
+ReluPoolParams check_input(const char* op, const Tensor& input, const PoolArgs& pooling) {
+  TORCH_CHECK(input.dim() == 4, op, ": input must have shape [N, C, H, W], got ", input.sizes());
+  check_alike(op, "input", input, "input", input);
+  TORCH_CHECK(input.numel() > 0, op, ": input must not be empty, got ", input.sizes());
+  return check_pooling(op, input.sizes(), pooling,
+                       input.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+}
+
+// 1 / standard deviation, and scale and shift that stand for the whole normalisation.
+struct Transform {
+  Tensor inverse, scale, shift;
+};
+
+Transform transform_of(const char* op, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
+  const Tensor inverse = (var + eps).rsqrt();
+  const Tensor scale = is_given(weight) ? inverse * vector_of(op, "weight", *weight, input) : inverse;
+  Tensor shift = -mean * scale;
+  if (is_given(bias)) shift = shift + vector_of(op, "bias", *bias, input);
+  return {inverse, scale.contiguous(), shift.contiguous()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const OptionalTensor& mean,
+                                                   const OptionalTensor& var, double eps,
+                                                   OptionalName activation, OptionalName pool,
+                                                   IntArrayRef pool_size, IntArrayRef pool_stride,
+                                                   IntArrayRef pool_padding, bool ceil_mode, bool save_code) {
+  constexpr const char* op = "batch_norm_relu_pool2d";
+  const Dtype dtype = check_dtype(op, "input", input);
+  const ReluPoolParams p =
+      check_input(op, input, {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  TORCH_CHECK(is_given(mean) == is_given(var), op, ": mean and var must be given both or neither");
+  const NormKernels& kernels = cpu_kernels().norm;
+  const Tensor z = input.contiguous(format_of(p));
+  const auto vectors = input.options().dtype(compute_type(input));
+  Tensor batch_mean = at::empty({is_given(mean) ? 0 : p.channels}, vectors);
+  Tensor batch_var = at::empty_like(batch_mean);
+  Tensor m, v;
+  if (is_given(mean)) {
+    m = vector_of(op, "mean", *mean, input);
+    v = vector_of(op, "var", *var, input);
+  } else {
+    const Tensor partial = at::empty({norm_partials(p)}, input.options().dtype(at::kDouble));
+    kernels.moments(p, dtype, z.const_data_ptr(), partial.data_ptr<double>(), batch_mean.data_ptr(),
+                    batch_var.data_ptr());
+    m = batch_mean;
+    v = batch_var;
+  }
+  const Transform transform = transform_of(op, input, weight, bias, m, v, eps);
+  const std::array<int64_t, 4> sizes = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
+  const auto dense = [&](at::ScalarType type) {
+    return at::empty(sizes, input.options().dtype(type).memory_format(format_of(p)));
+  };
+  Tensor output = dense(input.scalar_type());
+  Tensor code = save_code && p.pool == Pool::max ? dense(p.wide_code() ? at::kInt : at::kByte)
+                                                 : at::empty({0}, input.options().dtype(at::kByte));
+  kernels.forward(p, dtype, z.const_data_ptr(), transform.scale.const_data_ptr(),
+                  transform.shift.const_data_ptr(), output.data_ptr(),
+                  code.numel() == 0 ? nullptr : code.data_ptr());
+  return {output, code, batch_mean, batch_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                            const Tensor& mean, const Tensor& var, const Tensor& code,
+                                            bool batch_statistics, double eps, OptionalName activation,
+                                            OptionalName pool, IntArrayRef pool_size, IntArrayRef pool_stride,
+                                            IntArrayRef pool_padding, bool ceil_mode,
+                                            std::array<bool, 3> output_mask) {
+  constexpr const char* op = "batch_norm_relu_pool2d_backward";
+  const Dtype dtype = check_dtype(op, "input", input);
+  const ReluPoolParams p =
+      check_input(op, input, {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  const std::array<int64_t, 4> sizes = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
+  check_alike(op, "grad_output", grad_output, "input", input);
+  check_sizes(op, "grad_output", grad_output, sizes);
+  Tensor c = code;
+  if (p.pool == Pool::max) {
+    TORCH_CHECK(code.scalar_type() == (p.wide_code() ? at::kInt : at::kByte), op,
+                ": code must be uint8 for windows of up to 255 positions and int32 beyond, got ",
+                code.scalar_type());
+    check_sizes(op, "code", code, sizes);
+    c = code.contiguous(format_of(p));
+  }
+  const Tensor m = vector_of(op, "mean", mean, input), v = vector_of(op, "var", var, input);
+  const Transform transform = transform_of(op, input, weight, bias, m, v, eps);
+  const NormKernels& kernels = cpu_kernels().norm;
+  const Tensor z = input.contiguous(format_of(p)), grad = grad_output.contiguous(format_of(p));
+
+  Tensor grad_z = at::empty(input.sizes(), input.options().memory_format(format_of(p)));
+  const Tensor partial = at::empty({norm_partials(p)}, input.options().dtype(at::kDouble));
+  const Tensor sum_g = at::empty_like(m), sum_gz = at::empty_like(m);
+  kernels.reduce(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), c.const_data_ptr(),
+                 transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
+                 partial.data_ptr<double>(), sum_g.data_ptr(), sum_gz.data_ptr(), grad_z.data_ptr());
+
+  const auto [needs_input, needs_weight, needs_bias] = output_mask;
+  const auto like_parameter = [&](const OptionalTensor& parameter, const Tensor& grad) {
+    return is_given(parameter) ? grad.to(parameter->scalar_type()) : grad;
+  };
+  const Tensor nothing = at::empty({0}, input.options());
+  const Tensor grad_weight = needs_weight ? like_parameter(weight, sum_gz * transform.inverse) : nothing;
+  const Tensor grad_bias = needs_bias ? like_parameter(bias, sum_g) : nothing.clone();
+  if (!needs_input) return {nothing.clone(), grad_weight, grad_bias};
+  Tensor by_z, offset;
+  if (batch_statistics) {
+    const double count = static_cast<double>(p.batch * p.input_size[0] * p.input_size[1]);
+    by_z = (transform.scale * transform.inverse.square() * sum_gz * (-1 / count)).contiguous();
+    offset = (transform.scale * sum_g * (-1 / count)).contiguous();
+  }
+  kernels.backward(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), c.const_data_ptr(),
+                   transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
+                   transform.scale.const_data_ptr(), batch_statistics ? by_z.const_data_ptr() : nullptr,
+                   batch_statistics ? offset.const_data_ptr() : nullptr, grad_z.data_ptr());
+  return {grad_z, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlfast, CPU, m) {
+  m.impl("_batch_norm_relu_pool2d", forward);
+  m.impl("_batch_norm_relu_pool2d_backward", backward);
+}
+
+}  // namespace dlfast

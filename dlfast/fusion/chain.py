@@ -1,0 +1,227 @@
+"""A chain of layers that one fused layer can stand for, and how chains are found in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+
+from dlfast.fusion.steps import Step, recognise
+from dlfast.fusion.tracing import Level
+from dlfast.nn.window import Window
+from dlfast.plan import Plan
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place whose work the head of a chain does: a node of a level's graph, in each mode."""
+
+    level: Level
+    nodes: dict[bool, fx.Node]
+    module: nn.Module | None  # None: a function
+
+    @property
+    def name(self) -> str:
+        node = self.nodes[True]
+        if self.module is not None:
+            return self.level.path(str(node.target))
+        return getattr(node.target, "__name__", str(node.target))
+
+
+@dataclass
+class Chain:
+    """One fusable chain, or one that looks fusable and is left alone."""
+
+    head: Site
+    bn: nn.BatchNorm2d | None = None
+    window: Window = field(default_factory=lambda: Window(None, None, (1, 1), (1, 1)))
+    adaptive: tuple[int | None, int | None] | None = None
+    sites: list[Site] = field(default_factory=list)  # all but the head
+    why_not: str = ""
+    stop: str = ""  # why it ends where it does, where something fusable seemed to follow
+    last: Site | None = None  # whose value is the chain's
+    plan: Plan | None = None  # of a convolution block, where example inputs were given
+    bytes_saved: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the head is: "conv", "bn" or "relu"."""
+        if isinstance(self.head.module, nn.Conv2d):
+            return "conv"
+        return "bn" if self.bn is not None else "relu"
+
+    @property
+    def name(self) -> str:
+        return (
+            self.head.name if self.head.module is not None else f"{self.head.level.name or 'model'}: {self.head.name}"
+        )
+
+    def describe(self) -> str:
+        """For people: "conv → bn → relu → max 2x2"."""
+        parts = [self.kind] if self.kind == "conv" else []
+        if self.bn is not None:
+            parts.append("bn")
+        if self.window.activation is not None:
+            parts.append("relu")
+        if self.window.pool is not None:
+            height, width = self.window.pool_size
+            size = "adaptive" if self.adaptive is not None else f"{height}x{width}"
+            parts.append(f"{self.window.pool} {size}")
+        return " → ".join(parts)
+
+
+@dataclass
+class Run:
+    """Nodes one after the other, each the only one that uses the one before."""
+
+    steps: list[Step]
+    stop: str  # why it ends where it does
+
+
+def follow(start: Step, root: nn.Module) -> Run:
+    """The run that begins with `start` in a graph traced from `root`."""
+    steps = [start]
+    while True:
+        node = steps[-1].node
+        users = list(node.users)
+        if len(users) != 1:
+            return Run(steps, "its output is used elsewhere as well" if users else "")
+        step = recognise(users[0], root)
+        if step.input is not node or step.kind in ("conv", "other"):
+            return Run(steps, step.why_not)
+        if step.why_not:
+            return Run(steps, f"{step.node.target}: {step.why_not}")
+        steps.append(step)
+
+
+@dataclass
+class Match:
+    """The links of a run that fuse, and those between them that stay where they are."""
+
+    bn: Step | None = None
+    relu: Step | None = None
+    pool: Step | None = None
+    absorbed: list[Step] = field(default_factory=list)
+    last: Step | None = None
+
+    def pattern(self) -> tuple[str, ...]:
+        """To compare the same place in two traces."""
+        return tuple(f"{step.describe()} {step.node.target}" for step in self.absorbed)
+
+
+def match(run: Run) -> Match:
+    """The longest fusable beginning of `run`.
+
+    A maximum is taken before what rises with its input (LeakyReLU, Dropout2d ...), which stays in place.
+    """
+    found = Match(last=run.steps[0])
+    between: list[Step] = []
+    for step in run.steps[1:]:
+        if step.kind == "bn":
+            if found.bn or found.relu or found.pool or between or run.steps[0].kind != "conv":
+                break
+            found.bn = step
+        elif step.kind == "relu":
+            averaged = found.pool is not None and found.pool.window is not None and found.pool.window.pool == "avg"
+            if found.relu or averaged or between or run.steps[0].kind == "relu":
+                break
+            found.relu = step
+        elif step.kind == "pool":
+            assert step.window is not None
+            if found.pool or (between and step.window.pool == "avg"):
+                break
+            if (step.adaptive is not None or step.window.pool == "avg") and (run.steps[0].kind != "conv" or found.bn):
+                break  # only the convolution block finds its window at each call, and gains by an average
+            found.pool = step
+        else:
+            if found.pool:
+                break
+            between.append(step)
+            continue
+        found.absorbed.append(step)
+        found.last = step
+        if found.pool and between:
+            found.last = between[-1]
+            break
+    return found
+
+
+def chains_of(level: Level, is_head: Callable[[Step], bool]) -> list[Chain]:
+    """The chains in one level, those that must stay alone included, with the reason."""
+    matched = {mode: _matches(graph, level.module, is_head) for mode, graph in level.graphs.items()}
+    found = []
+    for index, (start, run, here) in enumerate(matched[True]):
+        there = matched[False][index] if index < len(matched[False]) else None
+        chain = Chain(Site(level, {True: start.node, False: start.node}, start.module))
+        found.append(chain)
+        if there is None or there[0].node.target != start.node.target:
+            chain.why_not = "training and evaluation run different layers"
+            continue
+        chain.head = replace(chain.head, nodes={True: start.node, False: there[0].node})
+        if here.pattern() != there[2].pattern():
+            chain.why_not = "what follows differs between training and evaluation"
+            continue
+        _fill(chain, start, here, there[2])
+        chain.stop = run.stop
+        chain.why_not = start.why_not or ("" if chain.sites else run.stop)
+    return found
+
+
+def _matches(graph: fx.Graph, root: nn.Module, is_head: Callable[[Step], bool]) -> list[tuple[Step, Run, Match]]:
+    taken: set[fx.Node] = set()
+    found = []
+    for node in graph.nodes:
+        step = recognise(node, root)
+        if node in taken or not is_head(step):
+            continue
+        # What cannot be a head leaves those after it free to be one.
+        run = Run([step], "") if step.why_not else follow(step, root)
+        matched = match(run)
+        taken.update(each.node for each in matched.absorbed)
+        found.append((step, run, matched))
+    return found
+
+
+def _fill(chain: Chain, start: Step, here: Match, there: Match) -> None:
+    level = chain.head.level
+    if start.kind == "bn":
+        assert isinstance(start.module, nn.BatchNorm2d)
+        chain.bn = start.module
+    elif here.bn is not None:
+        assert isinstance(here.bn.module, nn.BatchNorm2d)
+        chain.bn = here.bn.module
+    relu = here.relu is not None or start.kind == "relu"
+    window = here.pool.window if here.pool is not None and here.pool.window is not None else chain.window
+    chain.window = replace(window, activation="relu" if relu else None)
+    chain.adaptive = here.pool.adaptive if here.pool is not None else None
+    for one, other in zip(here.absorbed, there.absorbed, strict=True):
+        chain.sites.append(Site(level, {True: one.node, False: other.node}, one.module))
+    assert here.last is not None
+    assert there.last is not None
+    chain.last = Site(level, {True: here.last.node, False: there.last.node}, here.last.module)
+
+
+def extend(chain: Chain, level: Level, nodes: dict[bool, fx.Node]) -> None:
+    """Let a chain that ends its module's forward take the pooling that follows the module's call.
+
+    `nodes` are the call of that module in `level`, in each mode.
+    """
+    found: dict[bool, Step] = {}
+    for mode, node in nodes.items():
+        users = list(node.users)
+        if len(users) != 1:
+            return
+        step = recognise(users[0], level.module)
+        if step.kind != "pool" or step.why_not or step.input is not node:
+            return
+        found[mode] = step
+    if found[True].describe() != found[False].describe() or found[True].node.target != found[False].node.target:
+        return
+    step = found[True]
+    assert step.window is not None
+    chain.window = replace(step.window, activation=chain.window.activation)
+    chain.adaptive = step.adaptive
+    site = Site(level, {mode: each.node for mode, each in found.items()}, step.module)
+    chain.sites.append(site)
+    chain.last = site

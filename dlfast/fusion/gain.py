@@ -1,0 +1,172 @@
+"""Whether a fused chain is faster than what it replaces, and what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlfast._native import NATIVE_DEVICES
+from dlfast.fusion.chain import Chain
+from dlfast.nn.conv import ConvReLUPool2d
+from dlfast.plan import Plan, plan_block
+
+# The input of a layer (shape, dtype), by the id of the layer.
+Shapes = Mapping[int, tuple[torch.Size, torch.dtype]]
+
+
+def weigh(chain: Chain, shapes: Shapes | None) -> str:
+    """Why fusing `chain` would gain nothing; empty where it gains. Fills in its plan, gain and bytes saved."""
+    tensor = _some_tensor(chain)
+    if tensor is not None and tensor.device.type not in NATIVE_DEVICES:
+        return f"no compiled operators for {tensor.device.type}: PyTorch would run it as it is"
+    if tensor is not None and chain.kind == "bn" and tensor.device.type != "cpu":
+        return "the pass with BatchNorm is compiled for the CPU alone"
+    if tensor is not None and tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"{tensor.dtype} is not supported"
+    known = (shapes or {}).get(id(chain.head.module)) if chain.head.module is not None else None
+    if chain.adaptive is not None and known is None:
+        return "what an adaptive pooling does is known only with example inputs"
+    if known is not None and len(known[0]) not in (3, 4):
+        return f"its input has {len(known[0])} dimensions"
+    if known is not None:
+        reason = _measure(chain, *known)
+        if reason:
+            return reason
+    if chain.bn is not None:
+        return ""
+    if chain.window.pool is None and (chain.plan is None or chain.plan.predicted_gain <= 1.0):
+        return chain.stop or "without pooling PyTorch's own kernels run: nothing to gain"
+    if chain.plan is not None and chain.plan.predicted_gain < 1.0:
+        return f"predicted to be slower ({chain.plan.predicted_gain:.2f}x): {chain.plan.reason}"
+    return ""
+
+
+def _measure(chain: Chain, shape: torch.Size, dtype: torch.dtype) -> str:
+    """Fill in what follows from the shape of the input; why it does not fit, if so."""
+    if chain.kind == "conv":
+        conv = chain.head.module
+        assert isinstance(conv, nn.Conv2d)
+        with torch.device("meta"):
+            z = torch.empty(convolved(conv, shape), dtype=dtype)
+        if chain.adaptive is not None and ordinary(chain.adaptive, z.shape[-2:]) is None:
+            return f"the adaptive pooling is no ordinary one at {tuple(z.shape[-2:])}"
+        if chain.bn is None:
+            chain.plan = _plan(conv, chain, shape, dtype)
+    else:
+        z = torch.empty(shape, dtype=dtype, device="meta")
+    if chain.window.pool is not None:
+        chain.bytes_saved = _bytes_saved(chain, z)
+    return ""
+
+
+def ordinary(size: tuple[int | None, int | None], input: tuple[int, ...]) -> tuple[int, int] | None:
+    """The window, and stride, of an adaptive pooling that divides its input evenly.
+
+    >>> ordinary((1, None), (6, 6)), ordinary((4, 4), (6, 6))
+    ((6, 1), None)
+    """
+    wanted = [have if want is None else want for want, have in zip(size, input, strict=True)]
+    if any(want < 1 or have % want for want, have in zip(wanted, input, strict=True)):
+        return None
+    return input[0] // wanted[0], input[1] // wanted[1]
+
+
+def convolved(conv: nn.Conv2d, shape: torch.Size) -> list[int]:
+    """The shape of what `conv` makes of an input of `shape`."""
+    size = []
+    for axis in (0, 1):
+        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        padding = {"valid": 0, "same": reach}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[axis]
+        size.append((shape[axis - 2] + padding - reach - 1) // conv.stride[axis] + 1)
+    return [*shape[:-3], conv.out_channels, *size]
+
+
+def _bytes_saved(chain: Chain, z: Tensor) -> int:
+    """What backward no longer keeps: the ReLU's output and the 8-byte indices, for one byte of code.
+
+    An average keeps one bit for each element in place of the ReLU's output.
+    """
+    window = chain.window
+    if window.pool == "avg":
+        return z.numel() * z.element_size() - z.numel() // 8 if window.activation else 0
+    size = [
+        (have + 2 * padding - size) // stride + 1
+        for have, size, stride, padding in zip(
+            z.shape[-2:], window.pool_size, window.pool_stride, window.pool_padding, strict=True
+        )
+    ]
+    pooled = z[..., 0, 0].numel() * size[0] * size[1]
+    return z.numel() * z.element_size() + 7 * pooled
+
+
+def _plan(conv: nn.Conv2d, chain: Chain, shape: torch.Size, dtype: torch.dtype) -> Plan:
+    block = ConvReLUPool2d.__new__(ConvReLUPool2d)
+    block.__dict__.update(conv.__dict__)
+    window = chain.window
+    options = window.options()
+    if chain.adaptive is not None:
+        size = ordinary(chain.adaptive, tuple(convolved(conv, shape)[-2:]))
+        options.update(pool_size=size, pool_stride=size)
+    for name, value in options.items():
+        block.__dict__[name] = value
+    # The gradient of images is seldom asked for.
+    like = torch.empty(shape, dtype=dtype, device=conv.weight.device, requires_grad=conv.in_channels > 4)
+    with torch.enable_grad():
+        return plan_block(block, like)
+
+
+def _some_tensor(chain: Chain) -> Tensor | None:
+    for module in (chain.head.module, chain.bn, chain.head.level.module):
+        if module is not None:
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    return tensor
+    return None
+
+
+@contextmanager
+def _watching(model: nn.Module, seen: dict[int, tuple[torch.Size, torch.dtype]]) -> Iterator[None]:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            seen.setdefault(id(module), (args[0].shape, args[0].dtype))
+
+    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shapes_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> Shapes:
+    """The input of every layer when `model` runs on `example_inputs`, in evaluation and without gradients.
+
+    The model is left as it was: modes, buffers and the random number generator.
+
+    Raises:
+        ValueError: the model does not run on `example_inputs`.
+    """
+    seen: dict[int, tuple[torch.Size, torch.dtype]] = {}
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: (buffer, buffer.clone()) for buffer in model.buffers()}
+    devices = [t.device.index for t in model.parameters() if t.device.type == "cuda"][:1]
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices), torch.no_grad(), _watching(model, seen):
+            model(*example_inputs)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs do not fit the model: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers.values():
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+    return seen

@@ -1,0 +1,135 @@
+"""A forward with generated code, for what is written as functions and not as layers.
+
+It stands on the instance, in front of the class's own forward: the class, its other methods, its children
+and their names stay what they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from types import CodeType, ModuleType
+from typing import Any
+
+from torch import fx, nn
+
+from dlfast.fusion.chain import Chain
+from dlfast.fusion.source import MISSING
+from dlfast.fusion.tracing import Level
+from dlfast.nn.relu_pool import relu_pool2d
+
+
+class CannotRewrite(Exception):
+    """The generated code would not mean the same; the message says why."""
+
+
+class RewrittenForward:
+    """The forward of `module` without the places that a fused layer took over.
+
+    `constants` are attributes of the module as the code has them: it refuses to run with others.
+    """
+
+    def __init__(
+        self, module: nn.Module, sources: dict[bool, str], names: dict[str, tuple[str, str]], constants: dict[str, Any]
+    ) -> None:
+        self.module = module
+        self.sources = sources
+        self.names = names
+        self.constants = constants
+        self._compile()
+
+    def _compile(self) -> None:
+        scope = {name: _load(place) for name, place in self.names.items()}
+        self._forward = {}
+        for mode, source in self.sources.items():
+            made: dict[str, Any] = dict(scope)
+            exec(compile(source, f"<dlfast.fuse of {type(self.module).__name__}.forward>", "exec"), made)
+            self._forward[mode] = made["forward"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        for name, value in self.constants.items():
+            if getattr(module, name) != value:
+                raise RuntimeError(
+                    f"{type(module).__name__}.{name} was {value!r} when the model was fused and is now "
+                    f"{getattr(module, name)!r}: call dlfast.unfuse, change it, and fuse again"
+                )
+        return self._forward[module.training](module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        whole = inspect.signature(type(self.module).forward)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        """Where torch.export looks for the code that runs."""
+        code: CodeType = self._forward[self.module.training].__code__
+        return code
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compile()
+
+
+def rewrite(level: Level, chains: list[Chain], removed: dict[bool, set[fx.Node]]) -> RewrittenForward:
+    """The forward of `level` without the nodes in `removed`.
+
+    A chain of `chains` that begins in a function becomes a call of `relu_pool2d`, in place of its last node.
+
+    Raises:
+        CannotRewrite: something in the graph has no name by which code could reach it again.
+    """
+    sources, names = {}, {}
+    for mode, graph in level.graphs.items():
+        copied: dict[fx.Node, fx.Node] = {}
+        own = fx.Graph()
+        own.output(own.graph_copy(graph, copied))
+        for chain in chains:
+            _call_function(own, chain, copied, mode)
+        for node in removed[mode]:
+            here = copied[node]
+            source = here.args[0] if here.args else here.kwargs["input"]
+            assert isinstance(source, fx.Node)
+            here.replace_all_uses_with(source)
+            own.erase_node(here)
+        for node in own.nodes:
+            node.type = None  # annotations would need names of the user's module
+        code = own.python_code("self")
+        sources[mode] = code.src
+        for name, value in code.globals.items():
+            names[name] = _place_of(name, value)
+    return RewrittenForward(level.module, sources, names, level.findings.constants)
+
+
+def _call_function(graph: fx.Graph, chain: Chain, copied: dict[fx.Node, fx.Node], mode: bool) -> None:
+    pool = copied[chain.sites[-1].nodes[mode]]
+    with graph.inserting_after(pool):
+        call = graph.call_function(relu_pool2d, (), chain.window.options())
+    pool.replace_all_uses_with(call)
+    call.args = (pool,)
+
+
+def _place_of(name: str, value: Any) -> tuple[str, str]:
+    """Module and name under which generated code finds `value` again, also in another process."""
+    if isinstance(value, ModuleType):
+        return value.__name__, ""
+    if isinstance(value, float):  # fx knows inf and nan by these names
+        return "math", name
+    if value is type(None):
+        return "types", "NoneType"
+    place = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if place[0] is None or _load(place, MISSING) is not value:  # type: ignore[arg-type]
+        raise CannotRewrite(f"`{name}` is not to be found again by name")
+    return place  # type: ignore[return-value]
+
+
+def _load(place: tuple[str, str], default: Any = None) -> Any:
+    module, path = place
+    value: Any = importlib.import_module(module)
+    for part in path.split(".") if path else ():
+        value = getattr(value, part, default)
+    return value

@@ -1,0 +1,207 @@
+"""Batch normalisation, ReLU and pooling as one pass; with the convolution before them, folded in evaluation."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dlfast.nn.conv import ConvReLUPool2d
+from dlfast.nn.exporting import is_exporting
+from dlfast.nn.folding import Folded, may_fold
+from dlfast.nn.norm import batch_norm_relu_pool2d
+from dlfast.nn.window import Window
+from dlfast.ops import Size2
+
+Self = TypeVar("Self", bound="ConvBNReLUPool2d")
+
+
+def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    """Whether `bn` normalises with the statistics of the batch, as its own forward decides."""
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:
+    """What `bn` does to `input` in its present mode, its running statistics included, then `window`."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    updates = bn.training and bn.track_running_stats
+    if updates and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    keeps = updates or not bn.training
+    return batch_norm_relu_pool2d(
+        input, bn.running_mean if keeps else None, bn.running_var if keeps else None, bn.weight, bn.bias,
+        training=uses_batch_statistics(bn), momentum=momentum, eps=bn.eps, **window.options(),
+    )  # fmt: skip
+
+
+class BNReLUPool2d(nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` followed by ReLU and 2-d pooling, as one pass over its input.
+
+    Parameters, buffers, running statistics and ``state_dict`` keys are those of ``nn.BatchNorm2d``. Backward
+    keeps the input and one byte per pooled element, neither the normalised values nor the ReLU's output.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in
+            :class:`torch.nn.BatchNorm2d`.
+        pool, pool_size, pool_stride, pool_padding, ceil_mode, activation: as in
+            :class:`dlfast.nn.ConvReLUPool2d`.
+
+    Shape:
+        - input: :math:`(N, C, H, W)`
+        - output: as of the pooling
+
+    Raises:
+        ValueError: an argument is outside what is accepted; (in the call, in training) one value per channel.
+
+    >>> import torch, dlfast
+    >>> layer = dlfast.nn.BNReLUPool2d(8)
+    >>> layer(torch.randn(4, 8, 10, 10)).shape
+    torch.Size([4, 8, 5, 5])
+    >>> list(layer.state_dict()) == list(torch.nn.BatchNorm2d(8).state_dict())
+    True
+    """
+
+    window: Window
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        pool: str | None = "max",
+        pool_size: Size2 = 2,
+        pool_stride: Size2 | None = None,
+        pool_padding: Size2 = 0,
+        ceil_mode: bool = False,
+        activation: str | None = "relu",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        return normalise(self, input, self.window)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.window}"  # type: ignore[no-untyped-call]
+
+
+class ConvBNReLUPool2d(ConvReLUPool2d):
+    """Convolution, batch normalisation, ReLU and 2-d pooling in one layer.
+
+    In training the convolution's output is kept, and one pass normalises it, applies the ReLU and pools;
+    backward keeps beside that output one byte per pooled element. In evaluation the normalisation is folded
+    into the weight and the bias of the convolution: when first needed, and again when one of them has
+    changed. Where gradients of the parameters are asked for in evaluation, nothing is folded.
+
+    Its children: its own ``weight`` and ``bias``, and ``bn``, a :class:`torch.nn.BatchNorm2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype: as in :class:`torch.nn.Conv2d`.
+        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
+        pool, pool_size, pool_stride, pool_padding, ceil_mode, activation: as in
+            :class:`dlfast.nn.ConvReLUPool2d`.
+
+    Shape:
+        - input: :math:`(N, C, H, W)`
+        - output: as of the convolution and the pooling one after the other
+
+    Raises:
+        ValueError: an argument is outside what is accepted; (in the call, in training) one value per channel.
+        RuntimeError: (in the call) shapes, dtypes or devices do not fit.
+
+    >>> import torch, dlfast
+    >>> layer = dlfast.nn.ConvBNReLUPool2d(3, 16, 3, padding=1, bias=False)
+    >>> layer(torch.randn(8, 3, 32, 32)).shape
+    torch.Size([8, 16, 16, 16])
+    >>> list(layer.state_dict())
+    ['weight', 'bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked']
+    """
+
+    bn: nn.BatchNorm2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 | str = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        pool: str | None = "max",
+        pool_size: Size2 = 2,
+        pool_stride: Size2 | None = None,
+        pool_padding: Size2 = 0,
+        ceil_mode: bool = False,
+        activation: str | None = "relu",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype, pool=pool, pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding,
+            ceil_mode=ceil_mode, activation=activation,
+        )  # fmt: skip
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
+
+    @classmethod
+    def from_modules(  # type: ignore[override]
+        cls: type[Self],
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        pool: nn.MaxPool2d | nn.AvgPool2d | None = None,
+        *,
+        activation: str | None = "relu",
+    ) -> Self:
+        """The layer that does what `conv`, `bn`, ReLU and `pool` do one after the other.
+
+        It shares `conv`'s parameters and has `bn` itself as its child.
+
+        Raises:
+            TypeError: `conv` is not a plain ``nn.Conv2d``, `bn` not a plain ``nn.BatchNorm2d``, or `pool`
+                neither ``nn.MaxPool2d`` nor ``nn.AvgPool2d``.
+            ValueError: as :meth:`ConvReLUPool2d.from_modules`.
+
+        >>> import torch, dlfast
+        >>> conv, bn = torch.nn.Conv2d(3, 8, 5), torch.nn.BatchNorm2d(8)
+        >>> layer = dlfast.nn.ConvBNReLUPool2d.from_modules(conv, bn, torch.nn.MaxPool2d(2))
+        >>> layer.bn is bn
+        True
+        """
+        if type(bn) is not nn.BatchNorm2d:
+            raise TypeError(f"bn must be a plain nn.BatchNorm2d, got {type(bn).__name__}")
+        layer = super().from_modules(conv, pool, activation=activation)
+        layer.bn = bn
+        layer.train(conv.training)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        bn = self.bn
+        if uses_batch_statistics(bn) or not may_fold(self, bn) or is_exporting():
+            return normalise(bn, self._conv_forward(input, self.weight, self.bias), self.window)
+        weight, bias = Folded.of(self, bn)
+        if self.pool is None:  # nothing is left but PyTorch's convolution, and ReLU on a tensor nobody else has
+            z = self._conv_forward(input, weight, bias)
+            return torch.relu_(z) if self.activation else z
+        return self._block(input, weight, bias, self.window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the folded tensors, which are made anew where they are needed."""
+        return {key: value for key, value in self.__dict__.items() if key != "_folded"}

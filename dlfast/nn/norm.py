@@ -1,0 +1,95 @@
+"""The functional form of batch normalisation, ReLU and pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlfast import reference
+from dlfast._native import native
+from dlfast.nn.exporting import is_exporting
+from dlfast.nn.window import Window
+from dlfast.ops import Size2
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def batch_norm_relu_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    pool: str | None = "max",
+    pool_size: Size2 = 2,
+    pool_stride: Size2 | None = None,
+    pool_padding: Size2 = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Batch normalisation, then ReLU, then pooling, as one operator.
+
+    What it computes is ``pool(activation(torch.nn.functional.batch_norm(input, ...)))``. For backward it
+    keeps `input` and, for max pooling, one byte per pooled element; the normalised values, the ReLU's output
+    and the 8-byte indices are never stored: where gradient passes is found again from `input`. On other
+    devices than the CPU it is the composition of PyTorch's operators.
+
+    Args:
+        input: :math:`(N, C, H, W)`; float32, float64, bfloat16 or float16, any strides.
+        running_mean, running_var, weight, bias, training, momentum, eps: as in
+            :func:`torch.nn.functional.batch_norm`; in training the running statistics are updated.
+        activation, pool, pool_size, pool_stride, pool_padding, ceil_mode: as in
+            :func:`dlfast.conv_relu_pool2d`.
+
+    Raises:
+        RuntimeError: shapes or devices do not fit.
+        ValueError: ``activation`` or ``pool`` is none of the accepted names; one value per channel in training.
+
+    >>> import torch, dlfast
+    >>> x, mean, var = torch.randn(8, 3, 10, 10), torch.zeros(3), torch.ones(3)
+    >>> dlfast.nn.batch_norm_relu_pool2d(x, mean, var, training=True).shape
+    torch.Size([8, 3, 5, 5])
+    """
+    window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
+    tensors = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+    if not _is_native(input, tensors) or any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        return reference.batch_norm_relu_pool2d(
+            input, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
+            **window.options(),
+        )  # fmt: skip
+    count = input.shape[0] * input.shape[2] * input.shape[3]
+    if training and count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
+    save_code = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *tensors))
+    output, _, mean, var = torch.ops.dlfast._batch_norm_relu_pool2d.default(
+        input, weight, bias, None if training else running_mean, None if training else running_var, eps,
+        window.activation, window.pool, window.pool_size, window.pool_stride, window.pool_padding,
+        window.ceil_mode, save_code,
+    )  # fmt: skip
+    if training:
+        with torch.no_grad():
+            _move(running_mean, mean, momentum)
+            _move(running_var, var * (count / (count - 1)), momentum)
+    return output  # type: ignore[no-any-return]
+
+
+def _is_native(input: Tensor, others: list[Tensor]) -> bool:
+    """Whether the compiled operator takes it; what it does not take PyTorch computes, or refuses."""
+    if native.module is None or input.device.type not in ("cpu", "meta") or input.dim() != 4 or input.numel() == 0:
+        return False
+    if input.dtype not in DTYPES or torch._C._are_functorch_transforms_active() or is_exporting():
+        return False
+    channels = input.shape[1:2]
+    wide = torch.promote_types(input.dtype, torch.float32)
+    return all(t.dtype in (input.dtype, wide) and t.shape == channels and t.device == input.device for t in others)
+
+
+def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+    if running is not None:
+        running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)

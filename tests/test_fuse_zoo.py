@@ -1,0 +1,92 @@
+"""Every classification model of torchvision, fused, against itself: a dozen always, all of them with
+``DLFAST_ZOO=all`` (about half an hour on two cores).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import dlfast
+from dlfast import _native
+from dlfast.fusion import NotFusedWarning
+
+torchvision = pytest.importorskip("torchvision")
+
+ALL = torchvision.models.list_models(module=torchvision.models)
+# One of each family that has something to fuse, and one that has not.
+DOZEN = [
+    "alexnet", "vgg11", "vgg11_bn", "resnet18", "resnext50_32x4d", "googlenet", "squeezenet1_1", "densenet121",
+    "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "regnet_x_400mf", "vit_b_32",
+]  # fmt: skip
+NAMES = ALL if os.environ.get("DLFAST_ZOO") == "all" else DOZEN
+# Smallest images that the model accepts with more than one position left for its last normalisation.
+SIZES = {"inception_v3": 160, "alexnet": 96, "regnet_x_400mf": 128}
+LARGE = 150e6  # parameters: copies in float64 and three steps would need too much memory
+
+pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
+
+
+def build(name: str) -> nn.Module:
+    options = {"aux_logits": False} if name in ("inception_v3", "googlenet") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torchvision.models.get_model(name, weights=None, **options)
+
+
+def images(name: str) -> torch.Tensor:
+    size = 224 if name.startswith(("vit", "maxvit", "swin")) else SIZES.get(name, 64)
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def train(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    outputs = []
+    for number in range(3):
+        torch.manual_seed(number)
+        optimizer.zero_grad()
+        output = model(x)
+        output.square().mean().backward()
+        optimizer.step()
+        outputs.append(output.detach())
+    return outputs
+
+
+def assert_near(have: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    """To 1e-7 of the largest number: float64 through a hundred layers and three steps."""
+    scale = want.abs().max().item() if want.numel() else 0.0
+    torch.testing.assert_close(have, want, rtol=0, atol=1e-7 * scale + 1e-12, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_equals_original(name):
+    torch.manual_seed(0)
+    plain = build(name)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", NotFusedWarning)
+        fused = dlfast.fuse(plain)
+    if fused is plain:
+        assert any(issubclass(warning.category, NotFusedWarning) for warning in told)
+        return
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in plain.named_modules()]
+    if sum(p.numel() for p in plain.parameters()) > LARGE:
+        with torch.no_grad():
+            x = images(name).float()
+            torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-3, atol=1e-4)
+        return
+    fused, plain, x = copy.deepcopy(fused).double(), plain.double(), images(name)
+    for have, want in zip(train(fused, x), train(plain, x), strict=True):
+        assert_near(have, want, "output in training")
+    states = zip(fused.state_dict().items(), plain.state_dict().values(), strict=True)
+    for (key, have), want in states:
+        assert_near(have.double(), want.double(), key)
+    with torch.no_grad():
+        assert_near(fused.eval()(x), plain.eval()(x), "output in evaluation")
+    back = dlfast.unfuse(fused)
+    assert repr(back) == repr(plain)

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         rows += more_rows
         ratios += more_ratios
         notes += [f"{problem.name}: {note}" for note in problem.notes]
+        # Beyond a few compilations of the same code torch.compile falls back to eager without a word.
+        torch.compiler.reset()
         if problem.moved:
             notes += protocol.bandwidths(problem, more_rows, optim.copy_bandwidth(device))
     facts["load average after"] = protocol.load_average()

@@ -309,6 +309,16 @@ def test_lightning_module_keeps_its_class_and_methods(tmp_path):
     assert fused.losses == pytest.approx(plain.losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("layers", [[nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()], [nn.BatchNorm2d(3), nn.ReLU()]])
+def test_sync_batch_norm_comes_first(layers):
+    """Converted afterwards, the fused layer's normalisation would run twice, or its ReLU not at all."""
+    plain = nn.Sequential(*copy.deepcopy(layers))
+    fused = dlfast.fuse(plain)
+    with pytest.raises(RuntimeError, match=r"before dlfast\.fuse"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    nn.SyncBatchNorm.convert_sync_batchnorm(dlfast.unfuse(fused))
+
+
 def test_accelerate():
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)

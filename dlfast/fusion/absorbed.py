@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlfast.fusion.gain import convolved, ordinary
-from dlfast.nn.batch_norm import BNReLUPool2d, ConvBNReLUPool2d
+from dlfast.nn.batch_norm import BNReLUPool2d, ConvBNReLUPool2d, StaysBatchNorm2d
 from dlfast.nn.conv import ConvReLUPool2d
 from dlfast.nn.relu_pool import ReLUPool2d
 
@@ -39,7 +39,7 @@ class Absorbed(nn.Module):
         return f"Absorbed {self.__dict__[PLAIN].kind.__name__}"
 
 
-class AbsorbedBatchNorm2d(nn.BatchNorm2d):
+class AbsorbedBatchNorm2d(StaysBatchNorm2d):
     """A normalisation whose parameters, statistics and mode the fused convolution before it uses."""
 
     def forward(self, input: Tensor) -> Tensor:

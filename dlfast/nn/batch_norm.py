@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +38,23 @@ def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:
     )  # fmt: skip
 
 
-class BNReLUPool2d(nn.BatchNorm2d):
+class StaysBatchNorm2d(nn.BatchNorm2d):
+    """A normalisation that must not become a SyncBatchNorm: what else it does would be lost without a word.
+
+    ``convert_sync_batchnorm`` takes every subclass, and asks each for a `qconfig` that no other layer has.
+    """
+
+    @property
+    def qconfig(self) -> Any:
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise RuntimeError(
+                f"{type(self).__name__} cannot become a SyncBatchNorm: use convert_sync_batchnorm before dlfast.fuse, "
+                "or after dlfast.unfuse"
+            )
+        raise AttributeError("qconfig")
+
+
+class BNReLUPool2d(StaysBatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` followed by ReLU and 2-d pooling, as one pass over its input.
 
     Parameters, buffers, running statistics and ``state_dict`` keys are those of ``nn.BatchNorm2d``. Backward

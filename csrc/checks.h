@@ -175,4 +175,9 @@ inline ConvParams check_convolution(const char* op, const at::Tensor& input, con
   return p;
 }
 
+// The layout of a block's tensors.
+inline at::MemoryFormat format_of(const ReluPoolParams& p) {
+  return p.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 }  // namespace dlfast

@@ -20,10 +20,6 @@ bool is_given(const OptionalTensor& tensor) {
   return tensor && tensor->defined();
 }
 
-at::MemoryFormat format_of(const ReluPoolParams& p) {
-  return p.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
 // What vectors [C] are computed in: float, or double for float64.
 at::ScalarType compute_type(const Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -73,9 +73,9 @@ void pack_input(const ConvBlockParams& p, const Bands& bands, const Band& band, 
     const T* from = input + band.image * stride_n + y * stride_h;
     float* to = row + left * channels;
     if (stride_c == 1 && stride_w == channels) {
-      widen(from, inside * channels, to);
+      convert(from, inside * channels, to);
     } else if (channels == 1 && stride_w == 1) {
-      widen(from, inside, to);
+      convert(from, inside, to);
     } else {
       transpose_rows(from, stride_c, stride_w, channels, inside, to);
     }

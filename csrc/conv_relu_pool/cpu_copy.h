@@ -11,21 +11,13 @@ bool dispatch_block(Dtype dtype, const Body& body) {
   return body(float{});
 }
 
-template <typename T>
-DLFAST_INLINE void widen(const T* from, int64_t count, float* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(to, from, count * sizeof(float));
+// `count` numbers that lie together, from a dtype of tensors to float or back.
+template <typename From, typename To>
+DLFAST_INLINE void convert(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::memcpy(to, from, count * sizeof(To));
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-  }
-}
-
-template <typename T>
-DLFAST_INLINE void narrow(const float* from, int64_t count, T* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(to, from, count * sizeof(float));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
   }
 }
 

@@ -105,7 +105,7 @@ struct Forward {
 
     PooledTile tile{y_tile, reinterpret_cast<uint8_t*>(y_tile + sizes.y), kBlock, channels};
     if constexpr (std::is_same_v<T, float>) {
-      if (p.pool.channels_last) tile = {y + at, code + at, total, channels};
+      if (p.pool.channels_last) tile = {y + at, code == nullptr ? nullptr : code + at, total, channels};
     }
     if (code == nullptr) tile.code = nullptr;
 
@@ -143,7 +143,7 @@ bool forward_of(const ConvBlockParams& p, const T* input, const T* weight, const
     if (p.tile() == 4) pack_winograd_weight<4>(p.conv, from, to);
     float* group_bias = packed_bias + group * sizes.group_bias;
     std::fill_n(group_bias, sizes.group_bias, 0.0f);
-    if (bias != nullptr) widen(bias + group * outputs, outputs, group_bias);
+    if (bias != nullptr) convert(bias + group * outputs, outputs, group_bias);
   }
 
   std::atomic<bool> finite{true};

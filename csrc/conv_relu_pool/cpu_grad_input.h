@@ -212,7 +212,7 @@ struct GradInput {
             } else if (lanes == kLanes) {
               store_compute<kLanes>(to + c, load<F>(row + c / kLanes * block_size + x * kLanes));
             } else {
-              narrow(row + c / kLanes * block_size + x * kLanes, lanes, to + c);
+              convert(row + c / kLanes * block_size + x * kLanes, lanes, to + c);
             }
           }
         }

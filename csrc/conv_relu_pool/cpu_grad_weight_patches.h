@@ -78,7 +78,7 @@ struct PatchPacking {
                      (unit.in_left + begin) * stride_w;
       to += begin * channels;
       if (stride_c == 1 && stride_w == channels) {
-        widen(row, (end - begin) * channels, to);
+        convert(row, (end - begin) * channels, to);
       } else {
         transpose_rows(row, stride_c, stride_w, channels, end - begin, to);
       }

@@ -48,10 +48,6 @@ at::MemoryFormat convolution_format(const Tensor& input, const Tensor& weight) {
   return is_last(input) || is_last(weight) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-at::MemoryFormat format_of(const ReluPoolParams& p) {
-  return p.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
 Tensor empty_output(const ReluPoolParams& p, const Tensor& like, at::ScalarType dtype) {
   return at::empty({p.batch, p.channels, p.output_size[0], p.output_size[1]},
                    like.options().dtype(dtype).memory_format(format_of(p)));

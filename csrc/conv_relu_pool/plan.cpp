@@ -10,7 +10,7 @@ namespace dlfast {
 namespace {
 
 // ---- Measured constants: parts of the peak of multiply-adds that the inner loops reach, all else in cache.
-// From `dlfast bench layers` with DLFAST_PLAN forced, AVX2; the AVX-512 figures known to us fit as well.
+// From `dlfast bench layers` with DLFAST_PLAN forced, AVX2. Not measured at the other levels.
 constexpr double kPyTorchSpeed = 0.85;  // its convolution of float32
 constexpr double kPyTorchBackwardSpeed = 0.70;
 constexpr double kPyTorchFewChannels = 0.25;  // the same with fewer than kFew input channels
@@ -92,11 +92,6 @@ double pytorch_speed(const ConvBlockParams& p, Dtype dtype, double usual) {
   return dtype == Dtype::float64 ? few / 2 : few;
 }
 
-// Lists and packing per group: with few channels in each they cost more than they save.
-bool groups_are_worth_it(const Sizes& s) {
-  return s.groups == 1 || s.in >= s.lanes;
-}
-
 class Candidates {
  public:
   explicit Candidates(const PlanContext& context) : context_(context) {}
@@ -150,6 +145,35 @@ bool accepts_forward(ConvBlockParams p, int64_t winograd, const PlanContext& con
   return forward_fits(p, context.dtype, context.save_code);
 }
 
+// What grad_weight and grad_input have in common; PyTorch's way is among `ways` already.
+struct Backward {
+  std::string_view forced = forced_plan();
+  Sizes s;
+  double threads, own_bytes, live, listing;
+  Candidates ways;
+
+  Backward(const ConvBlockParams& p, const PlanContext& context)
+      : s(p, context.dtype), threads(static_cast<double>(context.threads)), ways(context) {
+    own_bytes = (s.input + s.weight + s.y) * s.element + (p.pool.pool == Pool::max ? s.y : 0.0);
+    live = relu_only(p) ? kReluDensity * s.y : s.y;
+    listing = kListFlops * s.y / level_speed() + kOwnCall * threads;
+    ways.add(Path::pytorch,
+             convolution_flops(p.conv) / pytorch_speed(p, context.dtype, kPyTorchBackwardSpeed) +
+                 2 * kPyTorchCall * threads,
+             own_bytes + 2 * s.z * s.element);
+  }
+
+  static bool relu_only(const ConvBlockParams& p) {
+    return p.pool.pool == Pool::none && p.pool.activation == Activation::relu;
+  }
+  // Lists and packing per group: with few channels in each they cost more than they save.
+  bool worth_it() const { return s.groups == 1 || s.in >= s.lanes || forced != ""; }
+  void add_sparse() {
+    const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
+    ways.add(Path::sparse, products / (kSparseSpeed * level_speed()) + listing, own_bytes);
+  }
+};
+
 }  // namespace
 
 const char* path_name(Path path) {
@@ -192,65 +216,39 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
 }
 
 Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
-  const std::string_view forced = forced_plan();
-  const Sizes s(p, context.dtype);
-  const double threads = static_cast<double>(context.threads);
-  const bool relu_only = p.pool.pool == Pool::none && p.pool.activation == Activation::relu;
-  const double own_bytes = (s.input + s.weight + s.y) * s.element + (p.pool.pool == Pool::max ? s.y : 0.0);
-  Candidates ways(context);
-  ways.add(Path::pytorch,
-           convolution_flops(p.conv) / pytorch_speed(p, context.dtype, kPyTorchBackwardSpeed) +
-               2 * kPyTorchCall * threads,
-           own_bytes + 2 * s.z * s.element);
-  if (!context.cpu || forced == "epilogue") return ways.choice();
-  const double live = relu_only ? kReluDensity * s.y : s.y;
-  const double listing = kListFlops * s.y / level_speed() + kOwnCall * threads;
+  Backward b(p, context);
+  const Sizes& s = b.s;
+  if (!context.cpu || b.forced == "epilogue") return b.ways.choice();
   const CpuKernels& kernels = cpu_kernels();
-  const bool worth_it = groups_are_worth_it(s) || forced != "";
-  if (worth_it && grad_weight_fits(p, false, context.dtype, kernels)) {
-    const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
-    ways.add(Path::sparse, products / (kSparseSpeed * level_speed()) + listing, own_bytes);
-  }
-  if (worth_it && grad_weight_fits(p, true, context.dtype, kernels)) {
+  if (b.worth_it() && grad_weight_fits(p, false, context.dtype, kernels)) b.add_sparse();
+  if (b.worth_it() && grad_weight_fits(p, true, context.dtype, kernels)) {
     const double patch = round_up(s.taps * s.in, s.lanes);
     const double gathered = s.z / s.out * patch * kGatherFlops;
-    ways.add(Path::patches, (2.0 * live * patch / kSparseSpeed + gathered) / level_speed() + listing,
-             own_bytes);
+    b.ways.add(Path::patches, (2.0 * b.live * patch / kSparseSpeed + gathered) / level_speed() + b.listing,
+               b.own_bytes);
   }
-  if (forced != "") ways.force(ways.has(Path::patches) ? Path::patches : Path::sparse);
-  return ways.choice();
+  if (b.forced != "") b.ways.force(b.ways.has(Path::patches) ? Path::patches : Path::sparse);
+  return b.ways.choice();
 }
 
 Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
-  const std::string_view forced = forced_plan();
-  const Sizes s(p, context.dtype);
-  const double threads = static_cast<double>(context.threads);
-  const bool relu_only = p.pool.pool == Pool::none && p.pool.activation == Activation::relu;
-  const double own_bytes = (s.input + s.weight + s.y) * s.element + (p.pool.pool == Pool::max ? s.y : 0.0);
-  Candidates ways(context);
-  ways.add(Path::pytorch,
-           convolution_flops(p.conv) / pytorch_speed(p, context.dtype, kPyTorchBackwardSpeed) +
-               2 * kPyTorchCall * threads,
-           own_bytes + 2 * s.z * s.element);
-  if (!context.cpu || forced == "epilogue") return ways.choice();
-  if ((groups_are_worth_it(s) || forced != "") && grad_input_fits(p, context.dtype)) {
-    const double live = relu_only ? kReluDensity * s.y : s.y;
-    const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
-    ways.add(Path::sparse, (products / kSparseSpeed + kListFlops * s.y) / level_speed() + kOwnCall * threads,
-             own_bytes);
-  }
+  Backward b(p, context);
+  const Sizes& s = b.s;
+  if (!context.cpu || b.forced == "epilogue") return b.ways.choice();
+  if (b.worth_it() && grad_input_fits(p, context.dtype)) b.add_sparse();
   if (p.pool.pool == Pool::none && accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 &&
       p.conv.padding[1] <= 2) {
-    ways.add(Path::winograd4,
-             winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.input_size[0]),
-                            static_cast<double>(p.conv.input_size[1]), s.out, s.in, 4) +
-                 2 * kOwnCall * threads,
-             own_bytes + (relu_only ? 2 * s.z * s.element : 0.0) +
-                 winograd_weight_bytes(s, static_cast<double>(p.conv.batch), 4));
+    const double batch = static_cast<double>(p.conv.batch);
+    b.ways.add(Path::winograd4,
+               winograd_flops(s, batch, static_cast<double>(p.conv.input_size[0]),
+                              static_cast<double>(p.conv.input_size[1]), s.out, s.in, 4) +
+                   2 * kOwnCall * b.threads,
+               b.own_bytes + (Backward::relu_only(p) ? 2 * s.z * s.element : 0.0) +
+                   winograd_weight_bytes(s, batch, 4));
   }
-  if (forced != "")
-    ways.force(forced == "winograd4" && ways.has(Path::winograd4) ? Path::winograd4 : Path::sparse);
-  return ways.choice();
+  const bool tiles = b.forced == "winograd4" && b.ways.has(Path::winograd4);
+  if (b.forced != "") b.ways.force(tiles ? Path::winograd4 : Path::sparse);
+  return b.ways.choice();
 }
 
 int64_t plan_grain(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads) {

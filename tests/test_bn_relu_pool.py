@@ -290,3 +290,11 @@ def test_folding_leaves_gradients_alone():
         layer(x)
     layer(x).sum().backward()  # what inference mode folded must not stand in the way
     assert x.grad is not None
+
+
+def test_a_child_made_to_synchronise_is_refused_in_training():
+    """The pass would normalise with the statistics of one process, without a word."""
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(dlfast.nn.ConvBNReLUPool2d(3, 4, 1))
+    with pytest.raises(RuntimeError, match="SyncBatchNorm"):
+        layer(torch.randn(2, 3, 4, 4))
+    assert layer.eval()(torch.randn(2, 3, 4, 4)).shape == (2, 4, 2, 2)

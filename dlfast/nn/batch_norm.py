@@ -25,6 +25,10 @@ def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
 
 def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:
     """What `bn` does to `input` in its present mode, its running statistics included, then `window`."""
+    if isinstance(bn, nn.SyncBatchNorm) and uses_batch_statistics(bn):
+        raise RuntimeError(
+            "the fused pass takes the statistics of this process alone: SyncBatchNorm must run as a layer of its own"
+        )
     momentum = 0.0 if bn.momentum is None else bn.momentum
     updates = bn.training and bn.track_running_stats
     if updates and bn.num_batches_tracked is not None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from test_block_in_pytorch import needs_native
 
 import dlfast
 from dlfast import cli
@@ -13,6 +14,7 @@ from dlfast.bench import accuracy, layers, problems, protocol
 from dlfast.measure import peak_bytes
 
 
+@needs_native
 @pytest.mark.slow
 def test_network_table_json_and_figure(tmp_path, capsys):
     arguments = ["bench", "lenet", "--rounds", "3", "--no-compile", "--batch-size", "2", "--out", str(tmp_path)]
@@ -86,6 +88,7 @@ def test_blocks_do_the_same_work_or_are_not_timed():
         layers.check_equal(ours, layers.Plain(conv, None), x)
 
 
+@needs_native
 @pytest.mark.slow
 def test_layers_under_the_roofline(tmp_path, monkeypatch, capsys):
     blocks = [layers.Block(layers.FIRST, "one", 2, 3, 8, 16), layers.Block(layers.WIDE, "two", 2, 16, 16, 12)]

@@ -10,6 +10,7 @@ import torch
 from cases import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_block_in_pytorch import needs_native
 
 import dlfast
 from dlfast import reference
@@ -230,6 +231,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradgradcheck(block, tensors)
 
 
+@needs_native
 @pytest.mark.parametrize("plan", ["direct", "winograd2", "winograd4", "epilogue"])
 @pytest.mark.parametrize("channels", [3, 24])
 @pytest.mark.parametrize("threads", [1, 2, 7])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dlfast._native import native
 from dlfast.bench import accuracy, fused, layers, optim, problems, protocol, report
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise UsageError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     device = _device(args.device)
+    if "layers" in args.targets and native.module is None:
+        raise UsageError(f"bench layers measures the compiled operators, which are not available: {native.reason}")
     for package in ("rich", "matplotlib"):  # say at once, not after minutes of measuring, that one is missing
         importlib.import_module(package)
     protocol.set_threads(args.threads)

@@ -53,8 +53,8 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
     ...     torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(),
     ... )
     >>> fused = dlfast.fuse(model)
-    >>> type(fused[0]).__name__, fused[0].weight is model[0].weight
-    ('ConvReLUPool2d', True)
+    >>> fused[0].weight is model[0].weight
+    True
     >>> x = torch.randn(2, 3, 10, 10)
     >>> torch.allclose(fused(x), model(x), atol=1e-5)
     True

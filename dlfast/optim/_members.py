@@ -90,7 +90,6 @@ class PlainOptions:
     ema_decay: float | None
     stochastic_param: bool
     stochastic_state: bool
-    zero_grad: bool
     seed: int
     random_step: int
 
@@ -127,8 +126,6 @@ def plain_step(
     if average is not None and options.ema_decay is not None:
         weights = param if member.master is not None else member.param.to(real)
         average.copy_(average * options.ema_decay + weights * (1 - options.ema_decay))
-    if options.zero_grad:
-        member.grad.zero_()
     if member.step is not None:
         member.step += 1
 

@@ -265,14 +265,19 @@ class FusedStep(Preparing):
             if options is not None:
                 options.clip_factor = plain_options.clip_factor
                 options.measure_norm = options.skip_if_not_finite = False
+        # Parameters may share a gradient: none is cleared before all have read it. The buckets keep to that among
+        # their own.
+        for m in prepared.plain:
+            group = self.param_groups[m.group]
+            plain_step(m, self._unsigned, plain_options, lambda *args, group=group: self._plain(group, *args))
         for bucket in prepared.buckets:
             if bucket.device.type == "cuda":
                 self._run_cuda(bucket, hyper, scale, None, None)
             else:
                 bucket.plan.run(self.state, hyper, options, bucket.grads())
-        for m in prepared.plain:
-            group = self.param_groups[m.group]
-            plain_step(m, self._unsigned, plain_options, lambda *args, group=group: self._plain(group, *args))
+        if self._extras.zero_grad_after_step:
+            for m in prepared.plain:
+                m.grad.zero_()
         self._took(norm, False)
         return False
 
@@ -327,7 +332,6 @@ class FusedStep(Preparing):
             ema_decay=extras.ema_decay,
             stochastic_param=extras.stochastic_rounding,
             stochastic_state=extras.state_dtype in (torch.bfloat16, "int8"),
-            zero_grad=extras.zero_grad_after_step,
             seed=self._seed,
             random_step=self._random_step,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 STANDARD = r"<[a-z_]+>"  # <vector>, <cstdint>
 COMMON = r'"common/[a-z_0-9]+\.(h|cuh)"'
-OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|relu_pool|cpu_\w+|launch)\.h"'
+OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|relu_pool|conv_cuda|cpu_\w+|launch)\.h"'
 KERNELS = r'"(conv_relu_pool|optim)/kernel_\w+\.cuh"'
 CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 
@@ -19,20 +19,20 @@ CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 RULES = [
     (r"common/portability\.h", [r"<cuda_\w+\.h>", COMMON]),
     (r"common/\w+\.h", [COMMON, r"<cuda_\w+\.h>"]),
-    (r".*/(params|step)\.h", [COMMON, OWN]),
+    (r".*/(params|step|conv_cuda)\.h", [COMMON, OWN]),
     (
         r".*/cpu_\w+\.(h|cpp)",
         [COMMON, OWN, r"<immintrin\.h>", r"<omp\.h>", r"<ATen/Parallel\.h>", r"<c10/util/(BFloat16|Half)\.h>"],
     ),
     (r".*/kernel_\w+\.cuh", [COMMON, OWN, KERNELS]),
     (
-        r".*/launch\.cu",
+        r".*/launch\w*\.cu",
         [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>", r"<c10/util/Exception\.h>"],
     ),
     (r".*/launch\.h", [COMMON, OWN, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
     (
-        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan|speed|relu_pool)\.(h|cpp))",
+        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|speed|relu_pool)\.(h|cpp))",
         [r"<[\w/.]+>", r'"(?!.*kernel_)[\w/.]+"'],
     ),
 ]

@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "conv_relu_pool/op.h"
+#include "conv_relu_pool/op_cuda.h"
 #include "conv_relu_pool/plan.h"
 #ifdef DLFAST_WITH_CUDA
 #include <c10/cuda/CUDAStream.h>
@@ -204,7 +205,19 @@ ConvBlockParams check_block(const char* op, const Tensor& input, const Tensor& w
 }
 
 PlanContext context_of(const Tensor& input, Dtype dtype, bool save_code) {
-  return {dtype, input.is_cpu() && input.numel() > 0, save_code, at::get_num_threads()};
+  PlanContext context{.dtype = dtype,
+                      .cpu = input.is_cpu() && input.numel() > 0,
+                      .save_code = save_code,
+                      .threads = at::get_num_threads(),
+                      .device = nullptr,
+                      .products = Products::fma};
+#ifdef DLFAST_WITH_CUDA
+  if (input.is_cuda() && input.numel() > 0) {
+    context.device = &current_cuda_device();
+    context.products = cuda_products(dtype, *context.device);
+  }
+#endif
+  return context;
 }
 
 // p.winograd and p.grain for a forward kernel of ours.
@@ -254,7 +267,16 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
   check_bias(op, bias, p.conv.out_channels, input);
 
   const c10::OptionalDeviceGuard guard(input.device());
-  const Path path = plan_forward(p, context_of(input, dtype, save_code)).path();
+  const PlanContext context = context_of(input, dtype, save_code);
+  const Path path = plan_forward(p, context).path();
+#ifdef DLFAST_WITH_CUDA
+  if (path == Path::single) {
+    Tensor output = empty_output(p.pool, input, input.scalar_type());
+    Tensor code = empty_code(p.pool, input, save_code);
+    single_forward({p, dtype, context.products}, input, weight, bias, output, code);
+    return {output, code};
+  }
+#endif
   if (path != Path::pytorch) {
     if (auto result = own_forward(p, dtype, path, input, weight, bias, save_code)) return *result;
   }
@@ -373,6 +395,11 @@ bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGrad
                          grad_input.data_ptr(), nullptr, scratch.data_ptr<float>());
 }
 
+// A kernel of ours for the CPU.
+bool on_cpu(Path path) {
+  return path != Path::pytorch && path != Path::single;
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& code,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, OptionalName activation,
@@ -395,11 +422,22 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
   const PlanContext context = context_of(input, dtype, true);
   const Path weight_path = needs_weight ? plan_grad_weight(p, context).path() : Path::pytorch;
   const Path input_path = needs_input ? plan_grad_input(p, context).path() : Path::pytorch;
+#ifdef DLFAST_WITH_CUDA
+  const CudaConv c{p, dtype, context.products};
+  if (weight_path == Path::single) {
+    std::tie(grad_weight, grad_bias) = single_grad_weight(c, input, weight, grad_output, checked);
+    needs_weight = needs_bias = false;
+  }
+  if (input_path == Path::single) {
+    grad_input = single_grad_input(c, input, weight, grad_output, checked);
+    needs_input = false;
+  }
+#endif
   SparseGradient gradient;
-  if (weight_path != Path::pytorch || input_path != Path::pytorch) {
+  if (on_cpu(weight_path) || on_cpu(input_path)) {
     gradient = sparse_gradient(p.pool, dtype, grad_output, checked);
   }
-  if (weight_path != Path::pytorch) {
+  if (on_cpu(weight_path)) {
     Tensor own_weight = at::empty(weight.sizes(), weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, weight.options());
     if (own_grad_weight(p, dtype, weight_path, gradient, input, own_weight, own_bias)) {
@@ -408,7 +446,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
       needs_weight = needs_bias = false;
     }
   }
-  if (input_path != Path::pytorch) {
+  if (on_cpu(input_path)) {
     Tensor own_input = at::empty(input.sizes(), input.options().memory_format(format_of(p.pool)));
     const bool done = input_path == Path::sparse ? own_grad_input(p, dtype, gradient, weight, own_input)
                                                  : winograd_grad_input(p, dtype, gradient, weight, own_input);

@@ -65,4 +65,14 @@ struct ConvParams {
   int64_t positions() const { return kernel[0] * kernel[1]; }
 };
 
+struct ConvBlockParams {
+  ConvParams conv;
+  ReluPoolParams pool;       // pool.input_size == conv.output_size
+  int64_t input_strides[4];  // of the input [N, C, H, W], in elements; any layout
+  int64_t grain;             // pooled rows a unit of work has at most
+  int64_t winograd;          // side of the output tiles, 0 for the direct convolution
+
+  int64_t tile() const { return winograd == 0 ? 1 : winograd; }
+};
+
 }  // namespace dlfast

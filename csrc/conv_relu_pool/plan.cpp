@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -36,19 +37,37 @@ constexpr double kReluDensity = 0.5;
 constexpr int64_t kUnitFloats = 64 * 1024;
 constexpr int64_t kUnitsPerThread = 4;
 
-constexpr std::string_view kForced[] = {"direct", "winograd2", "winograd4", "epilogue"};
+constexpr std::string_view kForced[] = {"direct", "winograd2", "winograd4", "epilogue", "single"};
 
 // DLFAST_PLAN=direct, winograd2 or winograd4 takes our kernels wherever they accept the problem, even where
-// they are slower, forward in the way named and backward the sparse way; DLFAST_PLAN=epilogue never takes
-// them.
+// they are slower, forward in the way named and backward the sparse way; DLFAST_PLAN=single does the same on
+// CUDA; DLFAST_PLAN=epilogue never takes them. What is for the other device leaves this one its own choice.
 std::string_view forced_plan() {
   const char* asked = std::getenv("DLFAST_PLAN");
   const std::string_view plan = asked == nullptr ? "" : asked;
   if (plan != "" && std::find(std::begin(kForced), std::end(kForced), plan) == std::end(kForced)) {
-    throw std::invalid_argument("DLFAST_PLAN must be direct, winograd2, winograd4 or epilogue, got " +
+    throw std::invalid_argument("DLFAST_PLAN must be direct, winograd2, winograd4, epilogue or single, got " +
                                 std::string(plan));
   }
   return plan;
+}
+
+// Nothing but PyTorch's way where there are no tensors to compute on, and CUDA's own planner for CUDA.
+std::optional<Choice> planned_elsewhere([[maybe_unused]] const ConvBlockParams& p, const PlanContext& context,
+                                        [[maybe_unused]] Part part) {
+#ifdef DLFAST_WITH_CUDA
+  if (context.device != nullptr) return plan_cuda(p, context, part, forced_plan());
+#endif
+  if (context.cpu) return std::nullopt;
+  Choice choice{};
+  choice.candidates[choice.count++] = {Path::pytorch, convolution_flops(p.conv), 0.0};
+  return choice;
+}
+
+// What was asked for of the CPU's ways.
+std::string_view forced_cpu_plan() {
+  const std::string_view plan = forced_plan();
+  return plan == "single" ? "" : plan;
 }
 
 // What a level below the machine's own is slower by: PyTorch's kernels always use the machine's own.
@@ -147,7 +166,7 @@ bool accepts_forward(ConvBlockParams p, int64_t winograd, const PlanContext& con
 
 // What grad_weight and grad_input have in common; PyTorch's way is among `ways` already.
 struct Backward {
-  std::string_view forced = forced_plan();
+  std::string_view forced = forced_cpu_plan();
   Sizes s;
   double threads, own_bytes, live, listing;
   Candidates ways;
@@ -177,7 +196,8 @@ struct Backward {
 }  // namespace
 
 const char* path_name(Path path) {
-  constexpr const char* names[] = {"pytorch", "direct", "winograd2", "winograd4", "sparse", "patches"};
+  constexpr const char* names[] = {"pytorch", "direct",  "winograd2", "winograd4",
+                                   "sparse",  "patches", "single"};
   return names[static_cast<int>(path)];
 }
 
@@ -187,7 +207,8 @@ double convolution_flops(const ConvParams& conv) {
 }
 
 Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
-  const std::string_view forced = forced_plan();
+  if (const auto choice = planned_elsewhere(p, context, Part::forward)) return *choice;
+  const std::string_view forced = forced_cpu_plan();
   const Sizes s(p, context.dtype);
   const double threads = static_cast<double>(context.threads), flops = convolution_flops(p.conv);
   const double code = context.save_code && p.pool.pool == Pool::max ? s.y : 0.0;
@@ -196,7 +217,7 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
   Candidates ways(context);
   ways.add(Path::pytorch, flops / pytorch_speed(p, context.dtype, kPyTorchSpeed) + 2 * kPyTorchCall * threads,
            own_bytes + passes * 2 * s.z * s.element);
-  if (!context.cpu || forced == "epilogue") return ways.choice();
+  if (forced == "epilogue") return ways.choice();
   if (accepts_forward(p, 0, context)) {
     const double used = s.out / round_up(s.out, s.lanes);
     ways.add(Path::direct, flops / (kDirectSpeed * used * level_speed()) + kOwnCall * threads, own_bytes);
@@ -216,9 +237,10 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
 }
 
 Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
+  if (const auto choice = planned_elsewhere(p, context, Part::grad_weight)) return *choice;
   Backward b(p, context);
   const Sizes& s = b.s;
-  if (!context.cpu || b.forced == "epilogue") return b.ways.choice();
+  if (b.forced == "epilogue") return b.ways.choice();
   const CpuKernels& kernels = cpu_kernels();
   if (b.worth_it() && grad_weight_fits(p, false, context.dtype, kernels)) b.add_sparse();
   if (b.worth_it() && grad_weight_fits(p, true, context.dtype, kernels)) {
@@ -232,9 +254,10 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
 }
 
 Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
+  if (const auto choice = planned_elsewhere(p, context, Part::grad_input)) return *choice;
   Backward b(p, context);
   const Sizes& s = b.s;
-  if (!context.cpu || b.forced == "epilogue") return b.ways.choice();
+  if (b.forced == "epilogue") return b.ways.choice();
   if (b.worth_it() && grad_input_fits(p, context.dtype)) b.add_sparse();
   if (p.pool.pool == Pool::none && accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 &&
       p.conv.padding[1] <= 2) {

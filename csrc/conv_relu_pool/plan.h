@@ -5,7 +5,9 @@
 #pragma once
 
 #include <array>
+#include <string_view>
 
+#include "conv_relu_pool/conv_cuda.h"
 #include "conv_relu_pool/cpu_kernels.h"
 
 namespace dlfast {
@@ -18,6 +20,7 @@ enum class Path {
   winograd4,  // in tiles of 4x4 outputs; for grad_input the convolution of the gradient
   sparse,     // backward: our kernels, what passes no gradient is skipped
   patches,    // the same for few input channels, grad_weight only
+  single,     // CUDA: one kernel of ours, neither the convolution output nor its gradient is written
 };
 
 const char* path_name(Path path);
@@ -43,11 +46,18 @@ struct PlanContext {
   bool cpu;
   bool save_code;
   int64_t threads;
+  const CudaDevice* device;  // null where not on CUDA
+  Products products;         // on CUDA
 };
+
+enum class Part { forward, grad_input, grad_weight };
 
 Choice plan_forward(const ConvBlockParams& p, const PlanContext& context);
 Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context);  // and grad_bias
 Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context);
+#ifdef DLFAST_WITH_CUDA
+Choice plan_cuda(const ConvBlockParams& p, const PlanContext& context, Part part, std::string_view forced);
+#endif
 
 // Multiplications and additions of the convolution itself, each one, as they are usually counted.
 double convolution_flops(const ConvParams& conv);

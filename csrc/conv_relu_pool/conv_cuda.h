@@ -1,0 +1,53 @@
+// Convolution blocks that one CUDA kernel computes, as op.cpp calls them: the convolution output and its
+// gradient never touch memory.
+//
+// All tensors are dense and channels_last: input [N, H, W, C], weight [K, kh, kw, C], y and code
+// [N, PH, PW, K]. Pointers are checked by op.cpp and belong to the current device; the stream is a
+// cudaStream_t. What a function does not take, `..._fits` says before.
+//
+// code is what params.h says. Without pooling it is y of the forward, or null without ReLU.
+#pragma once
+
+#include "conv_relu_pool/params.h"
+#include "conv_relu_pool/relu_pool.h"
+
+namespace dlfast {
+
+// What the launches know of a device; asked once per device.
+struct CudaDevice {
+  int64_t arch;          // 10 * major + minor: 80, 86, 90, 120
+  int64_t processors;    // streaming multiprocessors
+  int64_t shared_bytes;  // that one block may have
+};
+
+const CudaDevice& current_cuda_device();
+
+// How the products of a block are computed.
+enum class Products : int32_t {
+  fma,  // in float32, by ordinary arithmetic: float32 exactly, and 16-bit types where there is no more
+  tensor_core,  // 16-bit types; float32 rounded to TF32
+};
+
+struct CudaConv {
+  ConvBlockParams p;
+  Dtype dtype;
+  Products products;
+};
+
+bool conv_forward_fits(const CudaConv& c, const CudaDevice& device);
+// y = pool(activation(conv(input, weight) + bias)); bias [K] and code may be null.
+void conv_forward(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,
+                  void* code, void* stream);
+
+bool conv_grad_input_fits(const CudaConv& c, const CudaDevice& device);
+// turned [C, kh, kw, K]: turned[c, i, j, k] = weight[k, kh - 1 - i, kw - 1 - j, c].
+void conv_grad_input(const CudaConv& c, const void* turned, const void* grad_y, const void* code,
+                     void* grad_input, void* stream);
+
+bool conv_grad_weight_fits(const CudaConv& c, const CudaDevice& device);
+int64_t conv_grad_weight_scratch(const CudaConv& c, const CudaDevice& device);  // floats
+// grad_weight [K, kh, kw, C] and, unless null, grad_bias [K]; summed in a fixed order, without atomics.
+void conv_grad_weight(const CudaConv& c, const void* input, const void* grad_y, const void* code,
+                      void* grad_weight, void* grad_bias, float* scratch, void* stream);
+
+}  // namespace dlfast

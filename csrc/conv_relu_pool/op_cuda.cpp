@@ -1,0 +1,61 @@
+#include "conv_relu_pool/op_cuda.h"
+
+#ifdef DLFAST_WITH_CUDA
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace dlfast {
+namespace {
+
+using at::Tensor;
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+
+void* current_stream(const Tensor& tensor) {
+  return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
+}
+
+const void* pointer(const Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.const_data_ptr() : nullptr;
+}
+
+}  // namespace
+
+Products cuda_products(Dtype dtype, const CudaDevice& device) {
+  if (device.arch < 80) return Products::fma;
+  const bool wanted = dtype != Dtype::float32 || at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+  return wanted ? Products::tensor_core : Products::fma;
+}
+
+void single_forward(const CudaConv& c, const Tensor& input, const Tensor& weight,
+                    const std::optional<Tensor>& bias, Tensor& output, Tensor& code) {
+  const Tensor x = input.contiguous(kLast), w = weight.contiguous(kLast);
+  const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
+  conv_forward(c, x.const_data_ptr(), w.const_data_ptr(), pointer(b), output.data_ptr(),
+               code.numel() == 0 ? nullptr : code.data_ptr(), current_stream(input));
+}
+
+Tensor single_grad_input(const CudaConv& c, const Tensor& input, const Tensor& weight,
+                         const Tensor& grad_output, const Tensor& code) {
+  const Tensor grad = grad_output.contiguous(kLast);
+  const Tensor turned = weight.flip({2, 3}).transpose(0, 1).contiguous(kLast);
+  Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
+  conv_grad_input(c, turned.const_data_ptr(), grad.const_data_ptr(), pointer(code), grad_input.data_ptr(),
+                  current_stream(input));
+  return grad_input;
+}
+
+std::tuple<Tensor, Tensor> single_grad_weight(const CudaConv& c, const Tensor& input, const Tensor& weight,
+                                              const Tensor& grad_output, const Tensor& code) {
+  const Tensor x = input.contiguous(kLast), grad = grad_output.contiguous(kLast);
+  Tensor grad_weight = at::empty(weight.sizes(), weight.options().memory_format(kLast));
+  Tensor grad_bias = at::empty({c.p.conv.out_channels}, weight.options());
+  const Tensor scratch =
+      at::empty({conv_grad_weight_scratch(c, current_cuda_device())}, input.options().dtype(at::kFloat));
+  conv_grad_weight(c, x.const_data_ptr(), grad.const_data_ptr(), pointer(code), grad_weight.data_ptr(),
+                   grad_bias.data_ptr(), scratch.data_ptr<float>(), current_stream(input));
+  return {grad_weight, grad_bias};
+}
+
+}  // namespace dlfast
+#endif

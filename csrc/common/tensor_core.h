@@ -14,6 +14,7 @@ namespace dlfast {
 
 // Whether this pass of the compiler is for an architecture that has all of this (sm_80 and later).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define DLFAST_TENSOR_CORES 1
 constexpr bool kTensorCores = true;
 #else
 constexpr bool kTensorCores = false;
@@ -25,7 +26,7 @@ DLFAST_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#ifdef DLFAST_TENSOR_CORES
 
 // 16 bytes from global to shared memory; zeros, and nothing is read, where not `valid`.
 DLFAST_DEVICE void copy_async_16(uint32_t to, const void* from, bool valid) {

@@ -44,6 +44,14 @@ bool conv_grad_input_fits(const CudaConv& c, const CudaDevice& device);
 void conv_grad_input(const CudaConv& c, const void* turned, const void* grad_y, const void* code,
                      void* grad_input, void* stream);
 
+// The same two for Products::fma; the functions above call them.
+bool conv_forward_fma_fits(const CudaConv& c, const CudaDevice& device);
+void conv_forward_fma(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,
+                      void* code, void* stream);
+bool conv_grad_input_fma_fits(const CudaConv& c, const CudaDevice& device);
+void conv_grad_input_fma(const CudaConv& c, const void* turned, const void* grad_y, const void* code,
+                         void* grad_input, void* stream);
+
 bool conv_grad_weight_fits(const CudaConv& c, const CudaDevice& device);
 int64_t conv_grad_weight_scratch(const CudaConv& c, const CudaDevice& device);  // floats
 // grad_weight [K, kh, kw, C] and, unless null, grad_bias [K]; summed in a fixed order, without atomics.

@@ -3,9 +3,37 @@
 #ifdef DLFAST_WITH_CUDA
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <mutex>
 
 namespace dlfast {
+
+const CudaDevice& current_cuda_device() {
+  constexpr int kMostDevices = 64;
+  static std::array<CudaDevice, kMostDevices> devices;
+  static std::array<std::once_flag, kMostDevices> asked;
+  const int index = c10::cuda::current_device();
+  TORCH_CHECK(index < kMostDevices, "dlfast knows at most ", kMostDevices, " CUDA devices, got device ",
+              index);
+  std::call_once(asked[index], [index] {
+    const auto attribute = [index](cudaDeviceAttr which) {
+      int value = 0;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+      return static_cast<int64_t>(value);
+    };
+    devices[index] = {.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                              attribute(cudaDevAttrComputeCapabilityMinor),
+                      .processors = attribute(cudaDevAttrMultiProcessorCount),
+                      .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  });
+  return devices[index];
+}
+
 namespace {
 
 using at::Tensor;

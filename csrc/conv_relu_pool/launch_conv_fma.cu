@@ -1,0 +1,109 @@
+// conv_forward_fma() and conv_grad_input_fma(): launches of the kernel in kernel_conv_fma.cuh.
+#include <c10/util/Exception.h>
+
+#include "conv_relu_pool/kernel_conv_fma.cuh"
+#include "conv_relu_pool/launch_conv.cuh"
+
+namespace dlfast {
+namespace {
+
+constexpr int kColumns = 4;  // fragments of 8 channels that a block computes
+
+template <typename Body>
+__global__ void __launch_bounds__(kConvThreads, Body::kBlocksPerSm)
+    conv_fma_kernel(const __grid_constant__ Body body) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
+}
+
+struct FmaFit {
+  Tiling tiling;
+  FmaLayout layout;
+  int64_t shared_bytes;
+};
+
+template <typename W>
+std::optional<FmaFit> fit_fma(const ConvView& v, const CudaDevice& device) {
+  const auto tiling = cut<W>(v, 8 * kColumns, true);
+  if (!tiling) return std::nullopt;
+  const ConvTile& t = tiling->tile;
+  constexpr int64_t kMostTaps = 4;
+  for (const int64_t blocks : {2, 1}) {
+    for (int64_t asked = std::min<int64_t>(t.taps(), kMostTaps); asked >= 1; --asked) {
+      const int64_t stages = (t.taps() + asked - 1) / asked, per_stage = (t.taps() + stages - 1) / stages;
+      const int64_t weights_at = ceil_to(static_cast<int64_t>(t.taps()) * W::width * 4, 128);
+      const int64_t patch_at = weights_at + per_stage * 8 * kColumns * kChunkBytes;
+      const int64_t bytes = patch_at + static_cast<int64_t>(t.patch_pixels()) * kChunkBytes;
+      if (bytes > device.shared_bytes / blocks - 1024) continue;
+      return FmaFit{*tiling,
+                    {.taps_per_stage = static_cast<int32_t>(per_stage),
+                     .weights_at = static_cast<int32_t>(weights_at),
+                     .patch_at = static_cast<int32_t>(patch_at)},
+                    bytes};
+    }
+  }
+  return std::nullopt;
+}
+
+template <typename W, typename Source, typename T>
+void run(const ConvView& v, const Source& source, const T* weight, const ConvFinish<T>& finish,
+         void* stream) {
+  using Body = ConvFma<W, Source, kColumns>;
+  const CudaDevice& device = current_cuda_device();
+  const auto fit = fit_fma<W>(v, device);
+  TORCH_CHECK(fit, "conv_fma was asked for a problem that it does not take");
+  const bool aligned = reinterpret_cast<uintptr_t>(weight) % (4 * sizeof(T)) == 0;
+  const Body body{.t = fit->tiling.tile,
+                  .layout = fit->layout,
+                  .source = source,
+                  .weight = weight,
+                  .weight_in_packs = v.in_channels % 4 == 0 && aligned,
+                  .finish = finish};
+  allow_shared(conv_fma_kernel<Body>, device);
+  conv_fma_kernel<Body><<<static_cast<unsigned>(fit->tiling.blocks), kConvThreads,
+                          static_cast<size_t>(fit->shared_bytes), static_cast<cudaStream_t>(stream)>>>(body);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+bool conv_forward_fma_fits(const CudaConv& c, const CudaDevice& device) {
+  if (!acceptable(c, Products::fma)) return false;
+  bool fits = false;
+  with_window(c.p.pool,
+              [&](auto window) { fits = fit_fma<decltype(window)>(forward_view(c.p), device).has_value(); });
+  return fits;
+}
+
+void conv_forward_fma(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,
+                      void* code, void* stream) {
+  with_narrow_type(c.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using Sink = WideSink<T>;
+    const auto* x = static_cast<const T*>(input);
+    const bool aligned = reinterpret_cast<uintptr_t>(x) % (Sink::N * sizeof(T)) == 0;
+    const TensorSource<Sink> source{.input = x, .in_packs = c.p.conv.in_channels % Sink::N == 0 && aligned};
+    with_window(c.p.pool, [&](auto window) {
+      run<decltype(window)>(forward_view(c.p), source, static_cast<const T*>(weight),
+                            forward_finish<T>(c, bias, y, code), stream);
+    });
+  });
+}
+
+bool conv_grad_input_fma_fits(const CudaConv& c, const CudaDevice& device) {
+  return acceptable(c, Products::fma) && turnable(c) &&
+         fit_fma<PlainWindow>(turned_view(c.p), device).has_value();
+}
+
+void conv_grad_input_fma(const CudaConv& c, const void* turned, const void* grad_y, const void* code,
+                         void* grad_input, void* stream) {
+  with_narrow_type(c.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_gradient_source<WideSink<T>>(c, static_cast<const T*>(grad_y), code, [&](const auto& source) {
+      run<PlainWindow>(turned_view(c.p), source, static_cast<const T*>(turned),
+                       grad_input_finish<T>(c, grad_input), stream);
+    });
+  });
+}
+
+}  // namespace dlfast

@@ -1,0 +1,199 @@
+// conv_forward(): launches of the kernels in kernel_conv_channels.cuh and kernel_conv_first.cuh.
+#include <set>
+
+#include <c10/util/Exception.h>
+
+#include "conv_relu_pool/kernel_conv_first.cuh"
+#include "conv_relu_pool/launch_conv.cuh"
+
+namespace dlfast {
+namespace {
+
+constexpr int kBlocksPerSm = 2;
+
+template <typename Body>
+__global__ void __launch_bounds__(kConvThreads, kBlocksPerSm)
+    conv_forward_kernel(const __grid_constant__ Body body) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
+}
+
+template <typename Body>
+void launch(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
+  allow_shared(conv_forward_kernel<Body>, current_cuda_device());
+  conv_forward_kernel<Body><<<static_cast<unsigned>(blocks), kConvThreads, static_cast<size_t>(shared_bytes),
+                              static_cast<cudaStream_t>(stream)>>>(body);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+struct FirstFit {
+  Tiling tiling;
+  FirstLayout layout;
+  int64_t shared_bytes;
+};
+
+// How many accesses to the patch more than the least a step of ConvFirst makes, over all steps: what lanes of
+// a warp ask for in one bank at once.
+template <typename W>
+int conflicts(const ConvTile& t, const FirstLayout& layout) {
+  const auto word_of = [&](int k, int in_window) {
+    const int tap = k >> layout.log_words, r = tap / t.kernel[1], s = tap % t.kernel[1];
+    const int pixel =
+        r * t.dilation[0] * t.row_pitch + t.column_at(in_window * t.stride[1] + s * t.dilation[1]);
+    return pixel * layout.words() + (k & (layout.words() - 1));
+  };
+  const int window = W::width * t.stride[1] / t.planes * layout.words();
+  int extra = 0;
+  for (int first = 0; first < layout.steps * kStepWords; first += 4) {
+    for (int in_window = 0; in_window < W::width; ++in_window) {
+      std::set<int> words;
+      for (int q = 0; q < 4; ++q) {
+        if ((first + q) >> layout.log_words >= t.taps()) continue;
+        const int word = word_of(first + q, in_window);
+        for (int g = 0; g < kSlab; ++g) words.insert(word + g * window);
+      }
+      int in_bank[32] = {}, most = 1;
+      for (const int word : words) most = std::max(most, ++in_bank[word % 32]);
+      extra += most - 1;
+    }
+  }
+  return extra;
+}
+
+// Interleaved or not, and how long rows are: what has the fewest bank conflicts.
+template <typename W>
+std::optional<FirstFit> fit_first(const ConvView& v, int64_t element_bytes, int64_t channels_per_block,
+                                  const CudaDevice& device) {
+  const int64_t words = (v.in_channels * element_bytes + 3) / 4;
+  std::optional<FirstFit> best;
+  int best_conflicts = 0;
+  for (const bool interleaved : {false, true}) {
+    auto tiling = cut<W>(v, channels_per_block, interleaved);
+    if (!tiling) return std::nullopt;
+    ConvTile& t = tiling->tile;
+    FirstLayout layout{};
+    while (layout.words() < words) ++layout.log_words;
+    const int64_t k = static_cast<int64_t>(t.taps()) * layout.words();
+    if (k > 1024) return std::nullopt;
+    layout.steps = static_cast<int32_t>((k + kStepWords - 1) / kStepWords);
+    layout.weights_at = static_cast<int32_t>(ceil_to(layout.steps * kStepWords * W::width * 4, 128));
+    layout.patch_at = static_cast<int32_t>(
+        ceil_to(layout.weights_at + channels_per_block * layout.weight_pitch() * 4, 128));
+    const int32_t shortest = t.row_pitch;
+    for (t.row_pitch = shortest; t.row_pitch < shortest + 32; ++t.row_pitch) {
+      const int64_t bytes = layout.patch_at + static_cast<int64_t>(t.patch_pixels()) * layout.words() * 4;
+      if (bytes > device.shared_bytes - 1024) break;
+      const int found = conflicts<W>(t, layout);
+      if (best && found >= best_conflicts) continue;
+      best = FirstFit{*tiling, layout, bytes};
+      best_conflicts = found;
+      if (found == 0) return best;
+    }
+  }
+  return best;
+}
+
+constexpr int kWide = 8, kNarrow = 4;  // fragments of 8 channels that a block computes
+
+int columns_for(int64_t out_channels) {
+  return out_channels > 8 * kNarrow ? kWide : kNarrow;
+}
+
+template <typename W>
+constexpr bool kTakesFirst = W::positions % 2 == 0;
+
+template <typename W>
+bool goes_first(const ConvView& v) {
+  return kTakesFirst<W> && v.in_channels <= kFewChannels;
+}
+
+// 5 fragments of rows leave no registers for more.
+template <typename W>
+int columns_of(const ConvView& v) {
+  return W::fragments > 2 ? kNarrow : columns_for(v.out_channels);
+}
+
+template <typename W>
+bool fits(const CudaConv& c, const CudaDevice& device) {
+  const ConvView v = forward_view(c.p);
+  const int64_t channels = 8 * columns_of<W>(v);
+  if constexpr (kTakesFirst<W>) {
+    if (goes_first<W>(v) && fit_first<W>(v, bytes_of(c.dtype), channels, device)) return true;
+  }
+  return fit_channels<W>(v, bytes_of(c.dtype), channels, device).has_value();
+}
+
+template <typename T>
+struct Tensors {
+  const T* input;
+  const T* weight;
+  ConvFinish<T> finish;
+  void* stream;
+};
+
+template <typename T, typename W, int kColumns>
+void run_channels(const ConvView& v, const Tensors<T>& tensors, const CudaDevice& device) {
+  using Body = ConvChannels<W, TensorSource<SameSink<T>>, kColumns>;
+  const auto fit = fit_channels<W>(v, sizeof(T), Body::kChannels, device);
+  TORCH_CHECK(fit, "conv_forward was asked for a problem that it does not take");
+  const bool whole = v.in_channels % kPackSize<T> == 0;
+  launch(Body{.t = fit->tiling.tile,
+              .layout = fit->layout,
+              .source = {.input = tensors.input, .in_packs = whole && aligned_16(tensors.input)},
+              .weight = tensors.weight,
+              .weight_in_packs = whole && aligned_16(tensors.weight),
+              .finish = tensors.finish},
+         fit->tiling.blocks, fit->shared_bytes, tensors.stream);
+}
+
+template <typename T, typename W, int kColumns>
+void run(const ConvView& v, const Tensors<T>& tensors, const CudaDevice& device) {
+  if constexpr (kTakesFirst<W>) {
+    using Body = ConvFirst<T, W, kColumns>;
+    if (goes_first<W>(v)) {
+      if (const auto fit = fit_first<W>(v, sizeof(T), Body::kChannels, device)) {
+        launch(Body{.t = fit->tiling.tile,
+                    .layout = fit->layout,
+                    .input = tensors.input,
+                    .weight = tensors.weight,
+                    .finish = tensors.finish},
+               fit->tiling.blocks, fit->shared_bytes, tensors.stream);
+        return;
+      }
+    }
+  }
+  run_channels<T, W, kColumns>(v, tensors, device);
+}
+
+}  // namespace
+
+bool conv_forward_fits(const CudaConv& c, const CudaDevice& device) {
+  if (c.products == Products::fma) return conv_forward_fma_fits(c, device);
+  if (!acceptable(c, Products::tensor_core)) return false;
+  bool result = false;
+  with_window(c.p.pool, [&](auto window) { result = fits<decltype(window)>(c, device); });
+  return result;
+}
+
+void conv_forward(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,
+                  void* code, void* stream) {
+  if (c.products == Products::fma) return conv_forward_fma(c, input, weight, bias, y, code, stream);
+  with_narrow_type(c.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const CudaDevice& device = current_cuda_device();
+    const ConvView v = forward_view(c.p);
+    const Tensors<T> tensors{.input = static_cast<const T*>(input),
+                             .weight = static_cast<const T*>(weight),
+                             .finish = forward_finish<T>(c, bias, y, code),
+                             .stream = stream};
+    with_window(c.p.pool, [&](auto window) {
+      using W = decltype(window);
+      if constexpr (W::fragments <= 2) {
+        if (columns_of<W>(v) == kWide) return run<T, W, kWide>(v, tensors, device);
+      }
+      run<T, W, kNarrow>(v, tensors, device);
+    });
+  });
+}
+
+}  // namespace dlfast

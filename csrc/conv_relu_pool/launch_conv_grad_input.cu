@@ -1,0 +1,65 @@
+// conv_grad_input(): the gradient of the input is a convolution of the gradient of the output, which
+// kernel_conv_channels.cuh computes with a source that expands the pooled gradient on the way.
+#include <c10/util/Exception.h>
+
+#include "conv_relu_pool/launch_conv.cuh"
+
+namespace dlfast {
+namespace {
+
+constexpr int kBlocksPerSm = 2;
+constexpr int kWide = 8, kNarrow = 4;  // fragments of 8 channels that a block computes
+
+template <typename Body>
+__global__ void __launch_bounds__(kConvThreads, kBlocksPerSm)
+    conv_grad_input_kernel(const __grid_constant__ Body body) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
+}
+
+int columns_for(const ConvView& v) {
+  return v.out_channels > 8 * kNarrow ? kWide : kNarrow;
+}
+
+template <int kColumns, typename T, typename Source>
+void run(const CudaConv& c, const Source& source, const T* turned, void* grad_input, void* stream) {
+  using Body = ConvChannels<PlainWindow, Source, kColumns>;
+  const CudaDevice& device = current_cuda_device();
+  const auto fit = fit_channels<PlainWindow>(turned_view(c.p), sizeof(T), Body::kChannels, device);
+  TORCH_CHECK(fit, "conv_grad_input was asked for a problem that it does not take");
+  const Body body{.t = fit->tiling.tile,
+                  .layout = fit->layout,
+                  .source = source,
+                  .weight = turned,
+                  .weight_in_packs = c.p.conv.out_channels % kPackSize<T> == 0 && aligned_16(turned),
+                  .finish = grad_input_finish<T>(c, grad_input)};
+  allow_shared(conv_grad_input_kernel<Body>, device);
+  conv_grad_input_kernel<Body>
+      <<<static_cast<unsigned>(fit->tiling.blocks), kConvThreads, static_cast<size_t>(fit->shared_bytes),
+         static_cast<cudaStream_t>(stream)>>>(body);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+bool conv_grad_input_fits(const CudaConv& c, const CudaDevice& device) {
+  if (c.products == Products::fma) return conv_grad_input_fma_fits(c, device);
+  if (!acceptable(c, Products::tensor_core) || !turnable(c)) return false;
+  const ConvView v = turned_view(c.p);
+  return fit_channels<PlainWindow>(v, bytes_of(c.dtype), 8 * columns_for(v), device).has_value();
+}
+
+void conv_grad_input(const CudaConv& c, const void* turned, const void* grad_y, const void* code,
+                     void* grad_input, void* stream) {
+  if (c.products == Products::fma) return conv_grad_input_fma(c, turned, grad_y, code, grad_input, stream);
+  with_narrow_type(c.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto* w = static_cast<const T*>(turned);
+    with_gradient_source<SameSink<T>>(c, static_cast<const T*>(grad_y), code, [&](const auto& source) {
+      return columns_for(turned_view(c.p)) == kWide ? run<kWide>(c, source, w, grad_input, stream)
+                                                    : run<kNarrow>(c, source, w, grad_input, stream);
+    });
+  });
+}
+
+}  // namespace dlfast

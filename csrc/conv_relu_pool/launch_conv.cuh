@@ -179,15 +179,19 @@ std::optional<ChannelsFit> fit_channels(const ConvView& v, int64_t element_bytes
   return std::nullopt;
 }
 
-// More than 48 KiB of shared memory must be asked for, once for each kernel and device.
-template <typename Kernel>
-void allow_shared(Kernel kernel, const CudaDevice& device) {
+// Launches a kernel of kConvThreads per block. More than 48 KiB of shared memory must be asked for, once for
+// each kernel and device.
+template <auto kKernel, typename Body>
+void launch_conv(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
   static std::array<std::once_flag, 64> asked;
-  std::call_once(asked[c10::cuda::current_device()], [&] {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+  std::call_once(asked[c10::cuda::current_device()], [] {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(device.shared_bytes)));
+                                        static_cast<int>(current_cuda_device().shared_bytes)));
   });
+  kKernel<<<static_cast<unsigned>(blocks), kConvThreads, static_cast<size_t>(shared_bytes),
+            static_cast<cudaStream_t>(stream)>>>(body);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 inline int64_t bytes_of(Dtype dtype) {

@@ -59,10 +59,7 @@ void run(const ConvView& v, const Source& source, const T* weight, const ConvFin
                   .weight = weight,
                   .weight_in_packs = v.in_channels % 4 == 0 && aligned,
                   .finish = finish};
-  allow_shared(conv_fma_kernel<Body>, device);
-  conv_fma_kernel<Body><<<static_cast<unsigned>(fit->tiling.blocks), kConvThreads,
-                          static_cast<size_t>(fit->shared_bytes), static_cast<cudaStream_t>(stream)>>>(body);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_conv<conv_fma_kernel<Body>>(body, fit->tiling.blocks, fit->shared_bytes, stream);
 }
 
 }  // namespace

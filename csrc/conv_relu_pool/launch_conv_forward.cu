@@ -18,14 +18,6 @@ __global__ void __launch_bounds__(kConvThreads, kBlocksPerSm)
   body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
 }
 
-template <typename Body>
-void launch(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
-  allow_shared(conv_forward_kernel<Body>, current_cuda_device());
-  conv_forward_kernel<Body><<<static_cast<unsigned>(blocks), kConvThreads, static_cast<size_t>(shared_bytes),
-                              static_cast<cudaStream_t>(stream)>>>(body);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 struct FirstFit {
   Tiling tiling;
   FirstLayout layout;
@@ -137,13 +129,14 @@ void run_channels(const ConvView& v, const Tensors<T>& tensors, const CudaDevice
   const auto fit = fit_channels<W>(v, sizeof(T), Body::kChannels, device);
   TORCH_CHECK(fit, "conv_forward was asked for a problem that it does not take");
   const bool whole = v.in_channels % kPackSize<T> == 0;
-  launch(Body{.t = fit->tiling.tile,
-              .layout = fit->layout,
-              .source = {.input = tensors.input, .in_packs = whole && aligned_16(tensors.input)},
-              .weight = tensors.weight,
-              .weight_in_packs = whole && aligned_16(tensors.weight),
-              .finish = tensors.finish},
-         fit->tiling.blocks, fit->shared_bytes, tensors.stream);
+  launch_conv<conv_forward_kernel<Body>>(
+      Body{.t = fit->tiling.tile,
+           .layout = fit->layout,
+           .source = {.input = tensors.input, .in_packs = whole && aligned_16(tensors.input)},
+           .weight = tensors.weight,
+           .weight_in_packs = whole && aligned_16(tensors.weight),
+           .finish = tensors.finish},
+      fit->tiling.blocks, fit->shared_bytes, tensors.stream);
 }
 
 template <typename T, typename W, int kColumns>
@@ -152,12 +145,12 @@ void run(const ConvView& v, const Tensors<T>& tensors, const CudaDevice& device)
     using Body = ConvFirst<T, W, kColumns>;
     if (goes_first<W>(v)) {
       if (const auto fit = fit_first<W>(v, sizeof(T), Body::kChannels, device)) {
-        launch(Body{.t = fit->tiling.tile,
-                    .layout = fit->layout,
-                    .input = tensors.input,
-                    .weight = tensors.weight,
-                    .finish = tensors.finish},
-               fit->tiling.blocks, fit->shared_bytes, tensors.stream);
+        launch_conv<conv_forward_kernel<Body>>(Body{.t = fit->tiling.tile,
+                                                    .layout = fit->layout,
+                                                    .input = tensors.input,
+                                                    .weight = tensors.weight,
+                                                    .finish = tensors.finish},
+                                               fit->tiling.blocks, fit->shared_bytes, tensors.stream);
         return;
       }
     }

@@ -33,11 +33,7 @@ void run(const CudaConv& c, const Source& source, const T* turned, void* grad_in
                   .weight = turned,
                   .weight_in_packs = c.p.conv.out_channels % kPackSize<T> == 0 && aligned_16(turned),
                   .finish = grad_input_finish<T>(c, grad_input)};
-  allow_shared(conv_grad_input_kernel<Body>, device);
-  conv_grad_input_kernel<Body>
-      <<<static_cast<unsigned>(fit->tiling.blocks), kConvThreads, static_cast<size_t>(fit->shared_bytes),
-         static_cast<cudaStream_t>(stream)>>>(body);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_conv<conv_grad_input_kernel<Body>>(body, fit->tiling.blocks, fit->shared_bytes, stream);
 }
 
 }  // namespace

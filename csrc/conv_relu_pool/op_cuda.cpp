@@ -9,7 +9,9 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <cstdlib>
 #include <mutex>
+#include <string_view>
 
 namespace dlfast {
 
@@ -50,7 +52,12 @@ const void* pointer(const Tensor& tensor) {
 }  // namespace
 
 Products cuda_products(Dtype dtype, const CudaDevice& device) {
-  if (device.arch < 80) return Products::fma;
+  // DLFAST_PRODUCTS=fma does without tensor cores, as devices before sm_80 do; for tests.
+  const char* asked = std::getenv("DLFAST_PRODUCTS");
+  const std::string_view forced = asked == nullptr ? "" : asked;
+  TORCH_CHECK_VALUE(forced == "" || forced == "fma" || forced == "tensor_core",
+                    "DLFAST_PRODUCTS must be fma or tensor_core, got ", forced);
+  if (device.arch < 80 || forced == "fma") return Products::fma;
   const bool wanted = dtype != Dtype::float32 || at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
   return wanted ? Products::tensor_core : Products::fma;
 }

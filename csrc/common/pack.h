@@ -24,6 +24,20 @@ DLFAST_DEVICE void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
+// Up to N elements, of which `present` exist (any number, also none or too many); zeros beyond. In packs,
+// present is none or all.
+template <int N, typename E>
+DLFAST_DEVICE Pack<E, N> read_pack(const E* from, int present, bool in_packs) {
+  Pack<E, N> pack{};
+  if (present <= 0) return pack;
+  if (in_packs) return load_pack<N>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < present) pack.at[i] = from[i];
+  }
+  return pack;
+}
+
 // Copies `count` elements to `shared`, which is 16-byte aligned, by all threads of a block and in 16-byte
 // accesses whatever the alignment of `source`. Element i lands at shared[result + i], result < kPackSize<T>.
 template <typename T>

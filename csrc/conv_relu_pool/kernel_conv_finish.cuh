@@ -31,7 +31,8 @@ struct ConvFinish {
   T* y;           // [N, PH, PW, K]
   uint8_t* code;  // the same, or null
   bool relu;
-  bool packed;  // y and code may be written in packs of channels
+  bool packed;       // y and code may be written in packs of channels
+  bool bias_packed;  // and bias read
 
   // acc[i][j] is fragment (i, j) of the slab whose first window is (row, column); see tensor_core.h.
   template <typename W, int kRows, int kColumns>
@@ -46,13 +47,10 @@ struct ConvFinish {
       const int channel = site.first_channel + group * Order::kGroup + lane % 4 * Order::kOwned;
       if (channel >= t.out_channels) continue;
       const int present = min(Order::kOwned, t.out_channels - channel);
-      float add[Order::kOwned];
-#pragma unroll
-      for (int i = 0; i < Order::kOwned; ++i) {
-        add[i] = bias != nullptr && i < present ? widen(bias[channel + i]) : 0.0f;
-      }
+      const auto add = read_pack<Order::kOwned>(bias + channel, bias == nullptr ? 0 : present, bias_packed);
       const auto value = [&](int position, int i) {
-        return acc[position / 2][group * Order::kFragments + i / 2][position % 2 * 2 + i % 2] + add[i];
+        return acc[position / 2][group * Order::kFragments + i / 2][position % 2 * 2 + i % 2] +
+               widen(add.at[i]);
       };
       if constexpr (W::pooled) {
         Reduction<Pool::max, T, Order::kOwned> best(0);

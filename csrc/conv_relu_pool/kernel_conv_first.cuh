@@ -17,6 +17,8 @@ struct FirstLayout {
   int32_t steps;       // along k
   int32_t weights_at;  // bytes from the start of shared memory
   int32_t patch_at;
+  int32_t end;
+  Divider<uint32_t> by_filter, by_channels;  // taps * C and C elements
 
   DLFAST_HOST_DEVICE int32_t words() const { return 1 << log_words; }
   DLFAST_HOST_DEVICE int32_t weight_pitch() const {
@@ -46,6 +48,12 @@ struct ConvFirst {
     auto* weights = reinterpret_cast<uint32_t*>(shared + layout.weights_at);  // [channels, weight_pitch]
     auto* patch = reinterpret_cast<uint32_t*>(shared + layout.patch_at);
     find_words(thread.index, word_at);
+    // What nothing is loaded to: outside of the input, and what fills up words and steps.
+    for (int at = layout.weights_at + 16 * static_cast<int>(thread.index); at < layout.end;
+         at += 16 * kConvThreads) {
+      *reinterpret_cast<Pack<uint32_t, 4>*>(shared + at) = {};
+    }
+    __syncthreads();
     load_weights(thread.index, site, reinterpret_cast<T*>(weights));
     load_patch(thread.index, site, reinterpret_cast<T*>(patch));
     __syncthreads();
@@ -114,28 +122,23 @@ struct ConvFirst {
     }
   }
 
-  // In the order of ChannelOrder, the channels of a tap filled up to whole words.
+  // The rows in the order of ChannelOrder, the channels of a tap from a word's start.
   DLFAST_DEVICE void load_weights(uint32_t thread, const BlockSite& site, T* to) const {
-    const int log_tap = layout.log_words + kLogPerWord, taps = t.taps();
-    const int all = layout.steps * kStepWords << kLogPerWord;
-    const int warp = static_cast<int>(thread) / 32, lane = static_cast<int>(thread) % 32;
-#pragma unroll 1
-    for (int c = warp; c < kChannels; c += kConvWarps) {
-      const int channel = site.first_channel + c;
-      const T* from = weight + static_cast<int64_t>(channel) * taps * t.in_channels;
-      T* row = to + (ChannelOrder<T>::column(c) * layout.weight_pitch() << kLogPerWord);
-#pragma unroll 1
-      for (int k = lane; k < all; k += 32) {
-        const int tap = k >> log_tap, in = k & ((1 << log_tap) - 1);
-        const bool present = tap < taps && in < t.in_channels && channel < t.out_channels;
-        row[k] = present ? from[tap * t.in_channels + in] : narrow<T>(0.0f);
-      }
+    const int filter = t.taps() * t.in_channels;
+    const T* from = weight + static_cast<int64_t>(site.first_channel) * filter;
+    const int count = min(kChannels, t.out_channels - site.first_channel) * filter;
+#pragma unroll 4
+    for (int i = static_cast<int>(thread); i < count; i += kConvThreads) {
+      const auto channel = layout.by_filter.divide(static_cast<uint32_t>(i));
+      const auto tap = layout.by_channels.divide(channel.remainder);
+      const int row = ChannelOrder<T>::column(static_cast<int>(channel.quotient));
+      to[(row * layout.weight_pitch() << kLogPerWord) + (tap.quotient << (layout.log_words + kLogPerWord)) +
+         tap.remainder] = from[i];
     }
   }
 
   DLFAST_DEVICE void load_patch(uint32_t thread, const BlockSite& site, T* to) const {
-    const int log_pixel = layout.log_words + kLogPerWord;
-    const int per_row = t.patch[1] << log_pixel;
+    const int per_row = t.patch[1] * t.in_channels;
     const int top = site.window[0] * W::height * t.stride[0] - t.padding[0];
     const int left = site.window[1] * W::width * t.stride[1] - t.padding[1];
     const T* from = input + site.image * t.in[0] * t.in[1] * t.in_channels;
@@ -143,14 +146,15 @@ struct ConvFirst {
 #pragma unroll 1
     for (int row = warp; row < t.patch[0]; row += kConvWarps) {
       const int h = top + row;
-      const bool row_inside = static_cast<uint32_t>(h) < static_cast<uint32_t>(t.in[0]);
-#pragma unroll 2
+      if (static_cast<uint32_t>(h) >= static_cast<uint32_t>(t.in[0])) continue;
+#pragma unroll 4
       for (int i = lane; i < per_row; i += 32) {
-        const int column = i >> log_pixel, channel = i & ((1 << log_pixel) - 1), w = left + column;
-        const bool present = row_inside && channel < t.in_channels &&
-                             static_cast<uint32_t>(w) < static_cast<uint32_t>(t.in[1]);
-        to[((row * t.row_pitch + t.column_at(column)) << log_pixel) + channel] =
-            present ? from[(h * t.in[1] + w) * t.in_channels + channel] : narrow<T>(0.0f);
+        const auto column = layout.by_channels.divide(static_cast<uint32_t>(i));
+        const int w = left + static_cast<int>(column.quotient);
+        if (static_cast<uint32_t>(w) >= static_cast<uint32_t>(t.in[1])) continue;
+        const int pixel = row * t.row_pitch + t.column_at(static_cast<int>(column.quotient));
+        to[(pixel << (layout.log_words + kLogPerWord)) + column.remainder] =
+            from[(h * t.in[1] + w) * t.in_channels + column.remainder];
       }
     }
   }

@@ -24,20 +24,6 @@ DLFAST_DEVICE int piece_at(int row, int piece) {
   return row * kChunkBytes + place(row, piece) * 16;
 }
 
-// Up to N elements, of which `present` exist (any number, also none or too many); zeros beyond. In packs,
-// present is none or all.
-template <int N, typename E>
-DLFAST_DEVICE Pack<E, N> read_pack(const E* from, int present, bool in_packs) {
-  Pack<E, N> pack{};
-  if (present <= 0) return pack;
-  if (in_packs) return load_pack<N>(from);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i < present) pack.at[i] = from[i];
-  }
-  return pack;
-}
-
 // Pieces of T as they are.
 template <typename T_>
 struct SameSink {

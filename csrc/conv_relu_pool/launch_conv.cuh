@@ -250,11 +250,13 @@ void with_gradient_source(const CudaConv& c, const typename Sink::T* grad_y, con
 
 template <typename T>
 ConvFinish<T> forward_finish(const CudaConv& c, const void* bias, void* y, void* code) {
+  const bool whole = c.p.conv.out_channels % kPackSize<T> == 0;
   return {.bias = static_cast<const T*>(bias),
           .y = static_cast<T*>(y),
           .code = static_cast<uint8_t*>(code),
           .relu = c.p.pool.activation == Activation::relu,
-          .packed = c.p.conv.out_channels % kPackSize<T> == 0 && aligned_16(y) && aligned_16(code)};
+          .packed = whole && aligned_16(y) && aligned_16(code),
+          .bias_packed = whole && aligned_16(bias)};
 }
 
 template <typename T>
@@ -263,7 +265,8 @@ ConvFinish<T> grad_input_finish(const CudaConv& c, void* grad_input) {
           .y = static_cast<T*>(grad_input),
           .code = nullptr,
           .relu = false,
-          .packed = c.p.conv.in_channels % kPackSize<T> == 0 && aligned_16(grad_input)};
+          .packed = c.p.conv.in_channels % kPackSize<T> == 0 && aligned_16(grad_input),
+          .bias_packed = false};
 }
 
 inline bool turnable(const CudaConv& c) {

@@ -71,12 +71,16 @@ std::optional<FirstFit> fit_first(const ConvView& v, int64_t element_bytes, int6
     layout.weights_at = static_cast<int32_t>(ceil_to(layout.steps * kStepWords * W::width * 4, 128));
     layout.patch_at = static_cast<int32_t>(
         ceil_to(layout.weights_at + channels_per_block * layout.weight_pitch() * 4, 128));
+    layout.by_filter = Divider<uint32_t>(static_cast<uint32_t>(t.taps() * t.in_channels));
+    layout.by_channels = Divider<uint32_t>(static_cast<uint32_t>(t.in_channels));
     const int32_t shortest = t.row_pitch;
     for (t.row_pitch = shortest; t.row_pitch < shortest + 32; ++t.row_pitch) {
-      const int64_t bytes = layout.patch_at + static_cast<int64_t>(t.patch_pixels()) * layout.words() * 4;
+      const int64_t bytes =
+          ceil_to(layout.patch_at + static_cast<int64_t>(t.patch_pixels()) * layout.words() * 4, 16);
       if (bytes > device.shared_bytes - 1024) break;
       const int found = conflicts<W>(t, layout);
       if (best && found >= best_conflicts) continue;
+      layout.end = static_cast<int32_t>(bytes);
       best = FirstFit{*tiling, layout, bytes};
       best_conflicts = found;
       if (found == 0) return best;

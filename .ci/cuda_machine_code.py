@@ -132,20 +132,18 @@ def _instruction(address: str, predicate: str, opcode: str, operands: str) -> In
 
 
 def demangled(names: list[str]) -> dict[str, str]:
-    """Names as the marks know them: `relu_pool_kernel<ForwardMask<float, unsigned int>>`."""
+    """Mangled names, as the marks know them."""
     out = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = {}
-    for mangled, name in zip(names, out.splitlines(), strict=True):
-        name = re.sub(r"\(anonymous namespace\)::|\bdlfast::(\w+::)*|^void ", "", name)
-        short[mangled] = _without_parameters(name).replace("> >", ">>")
-    return short
+    return {mangled: shortened(name) for mangled, name in zip(names, out.splitlines(), strict=True)}
 
 
-def _without_parameters(name: str) -> str:
-    """The name up to the parenthesis that opens its parameters; template arguments have parentheses too."""
+def shortened(name: str) -> str:
+    """Without namespaces and parameters: `relu_pool_kernel<ForwardMask<float, unsigned int>>`."""
+    name = re.sub(r"\(anonymous namespace\)::|\bdlfast::(\w+::)*|^void ", "", name)
     depth = 0
     for n, letter in enumerate(name):
-        if letter == "(" and depth == 0:
-            return name[:n].strip()
+        if letter == "(" and depth == 0:  # opens the parameters; template arguments have parentheses too
+            name = name[:n]
+            break
         depth += {"<": 1, ">": -1}.get(letter, 0)
-    return name.strip()
+    return name.strip().replace("> >", ">>")

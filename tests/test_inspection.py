@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,26 +10,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
-import cuda_machine_code  # noqa: E402
-import cuda_marks  # noqa: E402
-import cuda_occupancy  # noqa: E402
+from scripts import ROOT, load_script  # isort: skip
 
-import cuda_build  # noqa: E402
+import cuda_machine_code
+import cuda_marks
+import cuda_occupancy
 
-
-def load_script(name: str):
-    """A script of .ci, which has no suffix, as a module."""
-    from importlib.machinery import SourceFileLoader
-
-    loader = SourceFileLoader(name, str(ROOT / ".ci" / name))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader.exec_module(module)
-    return module
+import cuda_build
 
 
 def kernels_in(text: str, tmp_path: Path):

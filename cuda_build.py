@@ -78,4 +78,4 @@ def runtime_link_dirs(cuda_home: str, build: Path) -> list[str]:
 
 def code_of(gencode_flags: list[str]) -> list[str]:
     """What a binary built with these flags holds: machine code as sm_80, PTX as compute_80."""
-    return [code for flag in gencode_flags for code in re.findall(r"code=(\w+)", flag)]
+    return [code for flag in gencode_flags for code in re.findall(r",code=(\w+)", flag)]

@@ -90,24 +90,23 @@ def operators(layer: Layer, device: str) -> list[str]:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_eager_is_the_sequence_that_pytorch_runs():
     """Each kernel of the table is an operator that PyTorch calls on a CUDA device, in this order."""
     layer = Layer("", "", n=2, c=4, k=8, h=8)
     run = operators(layer, "cuda")
-    expected = {
+    operator = {
         "convolution": "cudnn_convolution", "add bias": "add_", "relu": "relu", "max pool": "max_pool2d_with_indices",
-        "max pool backward": "max_pool2d_with_indices_backward", "relu backward": "threshold_backward",
-        "sum for grad_bias": "sum", "convolution, grad_input": "convolution_backward",
+        "max pool backward": "max_pool2d_with_indices_backward", "fill with zeros": "zero_",
+        "relu backward": "threshold_backward", "convolution, grad_input": "convolution_backward",
         "convolution, grad_weight": "convolution_backward",
     }  # fmt: skip
     step = traffic.eager(layer, 4)
-    at = -1
-    for kernel in (*step.forward, *step.backward):
-        # The operator that scatters into the zeros fills them in; that of the gradients sums for the bias.
-        if kernel.name in ("fill with zeros", "sum for grad_bias"):
-            continue
-        operator = expected[kernel.name]
-        assert operator in run, f"{kernel.name}: PyTorch ran {run}"
-        assert run.index(operator) >= at, f"{kernel.name} is not where the table has it: {run}"
-        at = run.index(operator)
+    names = [kernel.name for kernel in (*step.forward, *step.backward)]
+    names.remove("sum for grad_bias")  # inside convolution_backward, by a way that calls no operator
+    if "emulator" in torch.cuda.get_device_name():  # which has no cuDNN: its convolution takes the bias
+        names = names[2:]
+    zeros = names.index("fill with zeros")
+    names[zeros : zeros + 2] = ["max pool backward", "fill with zeros"]  # inside the operator that scatters into them
+    assert {operator[name] for name in names} <= set(run), run
+    at = [run.index(operator[name]) for name in names]
+    assert at == sorted(at), (names, at, run)

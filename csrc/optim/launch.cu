@@ -1,15 +1,17 @@
 // Launches of the CUDA optimizer step; the bodies are in kernel_step.cuh.
 #include "optim/launch.h"
 
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+#include <c10/util/Type.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
+#include "common/launch_check.h"
 #include "optim/kernel_step.cuh"
 
 namespace dlfast::optim {
@@ -51,7 +53,10 @@ void launch(Format number, const Table& table, const StepScalars& scalars, int64
     default:
       TORCH_CHECK(false, "a parameter is no int8");
   }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch([&] {
+    return c10::str("in step_kernel<", c10::demangle_type<Rule>(), ">, ", blocks, " blocks of ", kThreads,
+                    " threads, for ", scalars.count, " tensors");
+  });
 }
 
 // As many launches as it takes to pass all tensors, and the groups they use, in arguments.

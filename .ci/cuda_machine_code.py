@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +26,7 @@ class Instruction:
     predicated: bool
     opcode: str
     target: int | None  # of a branch
+    conditional: bool  # or returns: a call, or a branch on an operand as in BRA P1, 0x40
 
     def is_a(self, wanted: str) -> bool:
         """LDG.128 is any LDG with 128 among its modifiers; HMMA any HMMA; A|B either of them."""
@@ -54,43 +54,55 @@ class Function:
         return any(all(any(i.is_a(w) for i in loop) for w in wanted) for loop in self.loops())
 
     def loops(self) -> list[list[Instruction]]:
-        """The instructions of each loop: what lies on a way from the target of a backward branch back to it.
+        """The instructions of each outermost loop: those from which a way leads back to themselves.
 
-        Blocks that the compiler has moved to the end jump back as well; no way leads to them from there.
+        Where branches stand says little: a loop may be laid out in any order, and blocks that the compiler has moved
+        to the end jump back as well, to where nothing leads to them again.
         """
-        place = {instruction.address: n for n, instruction in enumerate(self.instructions)}
-        after: dict[int, list[int]] = {}
-        before: dict[int, list[int]] = defaultdict(list)
-        for n, i in enumerate(self.instructions):
-            ways = []
-            if i.target is not None and i.target in place:
-                ways.append(place[i.target])
-            ends = i.opcode.split(".")[0] in ENDS or (i.target is not None and i.opcode.startswith("BRA"))
-            if (not ends or i.predicated or ".DIV" in i.opcode) and n + 1 < len(self.instructions):
-                ways.append(n + 1)
-            after[n] = ways
+        after = self._ways()
+        before: list[list[int]] = [[] for _ in after]
+        for n, ways in enumerate(after):
             for way in ways:
                 before[way].append(n)
-        loops = []
+        # Kosaraju: strongly connected parts, found backwards in the order in which the forward search leaves them.
+        left: list[int] = []
+        seen: set[int] = set()
+        for n in range(len(after)):
+            left += _search(n, after, seen)
+        found, seen = [], set()
+        for n in reversed(left):
+            part = sorted(_search(n, before, seen))
+            if len(part) > 1 or (part and part[0] in after[part[0]]):
+                found.append([self.instructions[m] for m in part])
+        return found
+
+    def _ways(self) -> list[list[int]]:
+        """Which instructions, by number, may follow each."""
+        place = {instruction.address: n for n, instruction in enumerate(self.instructions)}
+        ways = []
         for n, i in enumerate(self.instructions):
-            if i.target is None or i.target >= i.address or i.target not in place:
-                continue
-            head = place[i.target]
-            reached = _reach(head, after, stop=n) & _reach(n, before, stop=head)
-            if n in reached and head in reached:
-                loops.append([self.instructions[m] for m in sorted(reached)])
-        return loops
+            ends = i.opcode.split(".")[0] in ENDS or (i.target is not None and not i.conditional)
+            following = [] if ends and not i.predicated else [n + 1][: len(self.instructions) - n - 1]
+            ways.append(following + ([place[i.target]] if i.target in place else []))
+        return ways
 
 
-def _reach(start: int, ways: dict[int, list[int]], stop: int) -> set[int]:
-    seen, open_ends = {start}, [start]
-    while open_ends:
-        at = open_ends.pop()
-        for way in ways.get(at, []) if at != stop else []:
-            if way not in seen:
-                seen.add(way)
-                open_ends.append(way)
-    return seen
+def _search(start: int, ways: list[list[int]], seen: set[int]) -> list[int]:
+    """What is reached from `start` and not in `seen`, to which it is added, in the order of leaving."""
+    if start in seen:
+        return []
+    seen.add(start)
+    left, path = [], [(start, iter(ways[start]))]
+    while path:
+        at, open_ways = path[-1]
+        way = next((w for w in open_ways if w not in seen), None)
+        if way is None:
+            left.append(at)
+            path.pop()
+        else:
+            seen.add(way)
+            path.append((way, iter(ways[way])))
+    return left
 
 
 def usage_of(log: str) -> dict[str, Usage]:
@@ -126,9 +138,12 @@ def read_cubin(cubin: Path, log: str, cuobjdump: Path) -> list[Function]:
 
 
 def _instruction(address: str, predicate: str, opcode: str, operands: str) -> Instruction:
-    branches = opcode.split(".")[0] == "BRA"
-    target = re.search(r"0x([0-9a-f]+)", operands) if branches else None
-    return Instruction(int(address, 16), bool(predicate), opcode, int(target[1], 16) if target else None)
+    branches = opcode.split(".")[0] in ("BRA", "CALL")
+    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if branches else None
+    # A call returns to what follows it; where ptxas means it as a jump, it is predicated.
+    falls_through = re.match(r"CALL|BRA.*\.(DIV|CONV)", opcode) or re.match(r"\s*!?U?[PR]", operands)
+    conditional = branches and bool(falls_through)
+    return Instruction(int(address, 16), bool(predicate), opcode, int(target[1], 16) if target else None, conditional)
 
 
 def demangled(names: list[str]) -> dict[str, str]:

@@ -80,6 +80,29 @@ def test_a_loop_is_what_a_backward_branch_repeats():
     assert loop.holds("STG|LDG.128")
 
 
+def test_a_loop_may_be_laid_out_in_any_order():
+    """Its body stands after the branch that leaves it, and its head after its body."""
+    turned = function("BRA 0x40", "HMMA R8, R4", "LDSM R4, [R9]", "BRA 0x40", "@P0 BRA 0x10", "STG.E [R2], R8", "EXIT")
+    assert turned.loop_holds(("HMMA", "LDSM"))
+    assert not turned.loop_holds(("HMMA", "STG"))
+
+
+def test_a_branch_on_an_operand_may_fall_through():
+    either = function("HMMA R8, R4", "BRA.DIV UR4, 0x40", "LDSM R4, [R9]", "@P0 BRA 0x0", "EXIT")
+    assert either.loop_holds(("HMMA", "LDSM"))
+    always = function("HMMA R8, R4", "BRA 0x40", "LDSM R4, [R9]", "@P0 BRA 0x0", "EXIT")
+    assert not always.loop_holds(("HMMA",))
+
+
+def test_ptxas_leaves_loops_by_calls():
+    left_by_call = function("HMMA R8, R4", "@P0 CALL.REL.NOINC 0x30", "BRA 0x0", "LDSM R4, [R9]", "EXIT")
+    assert left_by_call.loop_holds(("HMMA",))
+    assert not left_by_call.loop_holds(("HMMA", "LDSM"))
+    inner = ("HMMA R8, R4", "@P0 CALL.REL.NOINC 0x30", "BRA 0x0")
+    nested = function(*inner, "LDSM R4, [R9]", "@P1 CALL.REL.NOINC 0x60", "BRA 0x0", "EXIT")
+    assert nested.loop_holds(("HMMA", "LDSM"))
+
+
 def test_code_moved_to_the_end_is_no_loop():
     """It jumps back to where it was left, but nothing there leads to it again."""
     moved = function("@P0 BRA 0x40", "HMMA R8, R4", "STG.E [R2], R4", "EXIT", "LDSM R4, [R9]", "BRA 0x10", "BRA 0x60")

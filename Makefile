@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: env demo test bench lint format clean
+.PHONY: env demo test bench gpu-check lint format clean
 
 env: .venv/.installed
 
 # torch comes first and the package is built against it: with build isolation pip would fetch a second torch.
-.venv/.installed: pyproject.toml setup.py $(CPP)
+.venv/.installed: pyproject.toml setup.py cuda_build.py $(CPP)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dlfast needs Python 3.10 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
@@ -25,6 +25,10 @@ test: env
 
 bench: env
 	$(BIN)/dlfast bench
+
+# On a machine with a GPU; the report goes to bench/.
+gpu-check: env
+	$(BIN)/python .ci/gpu_check
 
 lint: env
 	$(BIN)/ruff check .

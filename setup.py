@@ -8,31 +8,19 @@ Environment variables read here (all optional):
   MAX_JOBS              parallel compilations; default: one per core and per 3 GB of free memory
 """
 
-import importlib.util
 import json
 import os
-import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # an isolated build does not look beside this file
+import cuda_build  # noqa: E402
 
-def toolkit_of_nvcc() -> str | None:
-    """The toolkit that nvcc on PATH belongs to, as nvcc says itself: what is on PATH may be a link or a wrapper."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.+)$", said.stderr + said.stdout, re.MULTILINE)
-    return str(Path(top[1].strip()).resolve()) if top else None
-
-
-if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and (toolkit := toolkit_of_nvcc()):
-    os.environ["CUDA_HOME"] = toolkit  # before torch looks for it
+cuda_build.choose_toolkit()
 
 try:
     import torch
@@ -43,14 +31,7 @@ except ImportError as error:
         "        pip install --no-build-isolation ."
     )
 
-ROOT = Path(__file__).resolve().parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-# The newest architecture also gets PTX, so that later GPUs can run the binary.
-DEFAULT_ARCHS = {
-    11: "7.5;8.0;8.6+PTX",
-    12: "7.5;8.0;8.6;8.9;9.0+PTX",
-    13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX",
-}
 
 
 def flag(name: str, default: bool) -> bool:
@@ -58,24 +39,6 @@ def flag(name: str, default: bool) -> bool:
     if value not in ("0", "1"):
         sys.exit(f"dlfast: {name} must be 0 or 1, got {value!r}")
     return value == "1"
-
-
-def nvcc_major() -> int | None:
-    """Major version of the nvcc that torch would use, or None where there is none."""
-    if cpp_extension.CUDA_HOME is None:
-        return None
-    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
-    if not nvcc.exists():
-        return None
-    out = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return int(out.split("release ")[1].split(".")[0])
-
-
-def wheel_include_dirs() -> list[str]:
-    """Headers that ATen wants and a bare toolkit lacks (cusparse.h ...), from the wheels torch installed."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    return [str(path) for root in roots for path in sorted(Path(root).glob("*/include")) if path.is_dir()]
 
 
 def set_job_limit() -> None:
@@ -110,28 +73,32 @@ def native_extension(cuda: bool):
             extra_link_args=sanitize,
         )
     compile_args["cxx"].append("-DDLFAST_WITH_CUDA")
-    compile_args["nvcc"] = ["-O3", "-lineinfo", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]
+    compile_args["nvcc"] = cuda_build.NVCC_FLAGS
     return cpp_extension.CUDAExtension(
         "dlfast._C",
         sources(".cpp", ".cu"),
-        include_dirs=[str(ROOT / "csrc"), *wheel_include_dirs()],
+        include_dirs=[str(ROOT / "csrc"), *cuda_build.wheel_include_dirs()],
+        library_dirs=cuda_build.runtime_link_dirs(cpp_extension.CUDA_HOME, ROOT / "build"),
         extra_compile_args=compile_args,
     )
 
 
 native = flag("DLFAST_NATIVE", True)
-nvcc = nvcc_major()
+nvcc = cuda_build.nvcc_version(cpp_extension.CUDA_HOME)
 cuda = native and flag("DLFAST_CUDA", torch.version.cuda is not None and nvcc is not None)
 if cuda and (torch.version.cuda is None or nvcc is None):
-    lacking = "this torch was built without CUDA" if torch.version.cuda is None else "no nvcc was found (CUDA_HOME)"
+    no_nvcc = "no nvcc was found (CUDA_HOME, PATH, or from the extra cuda-build)"
+    lacking = "this torch was built without CUDA" if torch.version.cuda is None else no_nvcc
     sys.exit(f"dlfast: DLFAST_CUDA=1, but {lacking}")
 if cuda:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS.get(nvcc, DEFAULT_ARCHS[max(DEFAULT_ARCHS)]))
+    archs = cuda_build.DEFAULT_ARCHS
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs.get(nvcc[0], archs[max(archs)]))
 
 BUILD_INFO = {
     "native": native,
     "cuda": cuda,
     "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "",
+    "cuda_code": cuda_build.code_of(cpp_extension._get_cuda_arch_flags()) if cuda else [],
     "cuda_version": torch.version.cuda if cuda else None,
     "torch_version": torch.__version__,
 }

@@ -18,6 +18,7 @@ CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 # (files, includes allowed beside the standard library)
 RULES = [
     (r"common/portability\.h", [r"<cuda_\w+\.h>", COMMON]),
+    (r"common/launch_check\.h", [r"<c10/cuda/CUDAException\.h>", r"<c10/util/Exception\.h>"]),
     (r"common/\w+\.h", [COMMON, r"<cuda_\w+\.h>"]),
     (r".*/(params|step|conv_\w+)\.h", [COMMON, OWN]),
     (
@@ -27,7 +28,7 @@ RULES = [
     (r".*/kernel_\w+\.cuh", [COMMON, OWN, KERNELS]),
     (
         r".*/launch\w*\.cuh?",
-        [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>", r"<c10/util/Exception\.h>"],
+        [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>", r"<c10/util/(Exception|StringUtil|Type)\.h>"],
     ),
     (r".*/launch\.h", [COMMON, OWN, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
@@ -50,6 +51,12 @@ def violations(path: Path) -> list[str]:
             found.append(f"csrc/{name}:{number}: may not include {include[1]}")
         if "<<<" in line and not path.name.startswith("launch"):
             found.append(f"csrc/{name}:{number}: launches belong in launch*.cu")
+    # Every launch has its error raised, with its name: see common/launch_check.h.
+    text = path.read_text()
+    if path.name.startswith("launch") and "<<<" in text and not re.search(r"\b(check_launch|launch_conv)\b", text):
+        found.append(f"csrc/{name}: launches a kernel without check_launch")
+    if "C10_CUDA_KERNEL_LAUNCH_CHECK" in text and name != "common/launch_check.h":
+        found.append(f"csrc/{name}: check_launch names the kernel, C10_CUDA_KERNEL_LAUNCH_CHECK does not")
     return found
 
 

@@ -5,10 +5,13 @@ Nothing here imports more than torch. The decision is made once, at import.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
+import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -70,3 +73,71 @@ def load() -> Native:
 
 native = load()
 NATIVE_DEVICES = native.device_types
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the compiled operators run on `device`; where not, the reference does.
+
+    For a GPU that the build has no code for it warns once, and says how to build for it.
+    """
+    if device.type != "cuda" or device.type not in NATIVE_DEVICES:
+        return device.type in NATIVE_DEVICES
+    has_code: bool = _gpu_has_code(torch.cuda.current_device() if device.index is None else device.index)
+    return has_code
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _gpu_has_code(index: int) -> bool:
+    return _look_for_code(index)
+
+
+@functools.cache
+def _look_for_code(index: int) -> bool:
+    capability = torch.cuda.get_device_capability(index)
+    code = native.build.get("cuda_code", [])
+    if code_for(capability, code) is not None:
+        return True
+    version = ".".join(map(str, capability))
+    warnings.warn(
+        f"dlfast: this build holds CUDA code for {', '.join(code) or 'no architecture'}, none of which runs on "
+        f"{torch.cuda.get_device_name(index)} (compute capability {version}); using plain PyTorch there instead. "
+        f"To build for it: TORCH_CUDA_ARCH_LIST={version} {REBUILD}",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    return False
+
+
+def code_for(capability: tuple[int, int], code: Iterable[str]) -> str | None:
+    """Which of `code` a GPU of that compute capability runs, or None.
+
+    Machine code (sm_86) runs on GPUs of its major version whose minor one is not lower, and where its name ends in
+    "a" only on exactly its own; PTX (compute_90) is compiled by the driver for any later GPU.
+
+    >>> code_for((8, 9), ["sm_80", "sm_86", "sm_90", "compute_90"])
+    'sm_86'
+    >>> code_for((12, 0), ["sm_80", "sm_90", "compute_90"])
+    'compute_90'
+    >>> code_for((7, 5), ["sm_80", "compute_80"]) is None
+    True
+    """
+    fitting = []
+    for name in code:
+        kind, major, minor, suffix = _parts(name)
+        own = (major, minor)
+        if suffix == "a":
+            fits = own == capability
+        elif kind == "sm" or suffix == "f":
+            fits = major == capability[0] and own <= capability
+        else:
+            fits = own <= capability
+        if fits:
+            fitting.append((kind == "sm", own, name))
+    return max(fitting)[2] if fitting else None
+
+
+def _parts(name: str) -> tuple[str, int, int, str]:
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+    if match is None:
+        raise ValueError(f"not a CUDA architecture: {name!r}")
+    return match[1], int(match[2]), int(match[3]), match[4]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import dlfast
-from dlfast._native import native
+from dlfast._native import code_for, native
 
 
 def facts() -> dict[str, str]:
@@ -100,8 +100,10 @@ def _gpus() -> str:
     names = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
+        code = code_for((properties.major, properties.minor), native.build.get("cuda_code", []))
         names.append(
-            f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB)"
+            f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"{'no kernels for it' if code is None else f'kernels for {code}'})"
         )
     return ", ".join(names)
 

@@ -70,10 +70,10 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return peak
 
 
-def alternate(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 3) -> list[list[float]]:
+def alternate(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 3, calls: int = 1) -> list[list[float]]:
     """Seconds of each of `steps`, `rounds` times in turn, so that a busy machine slows them all alike.
 
-    A call ends when the GPU, if there is one, has done its work.
+    A round is `calls` calls, and ends when the GPU, if there is one, has done its work; seconds are those of one call.
 
     >>> [len(seconds) for seconds in alternate([list, dict], rounds=4)]
     [4, 4]
@@ -85,9 +85,10 @@ def alternate(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 
         order = range(len(steps)) if number % 2 == 0 else range(len(steps) - 1, -1, -1)
         for index in order:
             start = time.perf_counter()
-            steps[index]()
+            for _ in range(calls):
+                steps[index]()
             if on_gpu:
                 torch.cuda.synchronize()
             if number >= warmup:
-                seconds[index].append(time.perf_counter() - start)
+                seconds[index].append((time.perf_counter() - start) / calls)
     return seconds

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlfast import fake, reference
-from dlfast._native import NATIVE_DEVICES, native
+from dlfast._native import native, runs_on
 
 Size2 = int | Sequence[int]
 
@@ -102,7 +102,7 @@ def conv_relu_pool2d(
     True
     """
     # torch.func transforms (grad, vmap, jvp) cannot look inside an operator that brings its own autograd.
-    if input.device.type not in NATIVE_DEVICES or torch._C._are_functorch_transforms_active():
+    if not runs_on(input.device) or torch._C._are_functorch_transforms_active():
         return reference.conv_relu_pool2d(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlfast._native import NATIVE_DEVICES, native
+from dlfast._native import native, runs_on
 from dlfast.nn import ConvReLUPool2d
 from dlfast.ops import conv_relu_pool2d, pair, same_padding
 
@@ -131,8 +131,8 @@ def plan_block(module: ConvReLUPool2d, input: Tensor) -> Plan:
     >>> plan.flops == 2 * 8 * 64 * 32 * 32 * 64 * 9
     True
     """
-    if native.module is None or input.device.type not in NATIVE_DEVICES:
-        where = native.reason or f"no compiled operators for {input.device.type}"
+    if native.module is None or not runs_on(input.device):
+        where = native.reason or f"no compiled operators for {input.device}"
         return _reference_plan(module, input, where)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     padding = module.padding

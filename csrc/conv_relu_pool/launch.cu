@@ -4,11 +4,14 @@
 // large do the plain bodies run with 64-bit indices.
 #include <algorithm>
 #include <cstddef>
+#include <string>
 
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/util/StringUtil.h>
+#include <c10/util/Type.h>
 #include <cuda_runtime.h>
 
+#include "common/launch_check.h"
 #include "conv_relu_pool/kernel_relu_pool_backward.cuh"
 #include "conv_relu_pool/kernel_relu_pool_forward.cuh"
 #include "conv_relu_pool/relu_pool.h"
@@ -19,6 +22,12 @@ namespace {
 // 64 registers a thread. Left to itself, ptxas aims at more blocks for some bodies and spills a few bytes.
 constexpr int kBlocksPerSm = 4;
 
+// inspect: registers 64
+// inspect for Staged: dynamic 49152, holds LDG.128
+// inspect for BackwardStaged: holds STG.128
+// inspect for Elementwise|Mask|ForwardRows2x2: holds LDG.128
+// inspect for Elementwise|BackwardRows2x2: holds STG.128
+// inspect for Channels2x2|Gather<\w+, [48],: holds LDG.128 STG.128
 template <typename Body>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     relu_pool_kernel(const __grid_constant__ Body body) {
@@ -36,7 +45,10 @@ template <typename Body>
 void launch(const Body& body, Launch how) {
   relu_pool_kernel<<<static_cast<unsigned>(how.blocks), kThreads, static_cast<size_t>(how.shared_bytes),
                      static_cast<cudaStream_t>(how.stream)>>>(body);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch([&] {
+    return c10::str("in relu_pool_kernel<", c10::demangle_type<Body>(), ">, ", how.blocks, " blocks of ",
+                    kThreads, " threads with ", how.shared_bytes, " bytes of shared memory");
+  });
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
@@ -380,23 +392,37 @@ void for_each_slice(const ReluPoolParams& p, Visit visit) {
   }
 }
 
+// The problem, for the message of an error in any of its launches.
+std::string described(const ReluPoolParams& p) {
+  const PoolWindow& w = p.window;
+  const char* pool = p.pool == Pool::max ? "max" : p.pool == Pool::avg ? "average" : "no";
+  return c10::str("for a convolution output of shape [", p.batch, ", ", p.channels, ", ", p.input_size[0],
+                  ", ", p.input_size[1], "]", p.channels_last ? ", channels_last" : "", ", with ", pool,
+                  " pooling of size ", w.size[0], "x", w.size[1], ", stride ", w.stride[0], "x", w.stride[1],
+                  ", padding ", w.padding[0], "x", w.padding[1]);
+}
+
+// Calls visit(T{}) for the type of `dtype`.
 template <typename Visit>
-void with_type(Dtype dtype, Visit visit) {
-  switch (dtype) {
-    case Dtype::float32:
-      return visit(float{});
-    case Dtype::float64:
-      return visit(double{});
-    case Dtype::bfloat16:
-      return visit(__nv_bfloat16{});
-    case Dtype::float16:
-      return visit(__half{});
-  }
+void launch_for(const ReluPoolParams& p, Dtype dtype, Visit visit) {
+  const auto launches = [&] {
+    switch (dtype) {
+      case Dtype::float32:
+        return visit(float{});
+      case Dtype::float64:
+        return visit(double{});
+      case Dtype::bfloat16:
+        return visit(__nv_bfloat16{});
+      case Dtype::float16:
+        return visit(__half{});
+    }
+  };
+  naming([&] { return described(p); }, launches);
 }
 
 void forward(const ReluPoolParams& p, Dtype dtype, const void* z, const void* bias, void* y, void* code,
              void* stream) {
-  with_type(dtype, [&](auto zero) {
+  launch_for(p, dtype, [&](auto zero) {
     using T = decltype(zero);
     for_each_slice(p, [&](const Slice& s) {
       const T* from = static_cast<const T*>(z) + s.z_offset;
@@ -417,7 +443,7 @@ void forward(const ReluPoolParams& p, Dtype dtype, const void* z, const void* bi
 
 void backward(const ReluPoolParams& p, Dtype dtype, const void* grad_y, const void* code, void* grad_z,
               void* stream) {
-  with_type(dtype, [&](auto zero) {
+  launch_for(p, dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(grad_y);
     T* to = static_cast<T*>(grad_z);
@@ -436,7 +462,7 @@ void backward(const ReluPoolParams& p, Dtype dtype, const void* grad_y, const vo
 
 void transpose(const ReluPoolParams& p, Dtype dtype, const void* grad_z, const void* code, void* grad_y,
                void* stream) {
-  with_type(dtype, [&](auto zero) {
+  launch_for(p, dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(grad_z);
     T* to = static_cast<T*>(grad_y);

@@ -10,8 +10,11 @@
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/util/StringUtil.h>
+#include <c10/util/Type.h>
 #include <cuda_runtime.h>
 
+#include "common/launch_check.h"
 #include "conv_relu_pool/conv_cuda.h"
 #include "conv_relu_pool/kernel_conv_channels.cuh"
 
@@ -191,7 +194,10 @@ void launch_conv(const Body& body, int64_t blocks, int64_t shared_bytes, void* s
   });
   kKernel<<<static_cast<unsigned>(blocks), kConvThreads, static_cast<size_t>(shared_bytes),
             static_cast<cudaStream_t>(stream)>>>(body);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch([&] {
+    return c10::str("in the kernel of ", c10::demangle_type<Body>(), ", ", blocks, " blocks of ",
+                    kConvThreads, " threads with ", shared_bytes, " bytes of shared memory");
+  });
 }
 
 inline int64_t bytes_of(Dtype dtype) {

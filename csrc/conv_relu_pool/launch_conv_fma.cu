@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kColumns = 4;  // fragments of 8 channels that a block computes
 
+// inspect: registers 96, holds STG.128
+// inspect for Window<3, 3: registers 168
+// inspect for WideSink<float>: holds LDG.128
 template <typename Body>
 __global__ void __launch_bounds__(kConvThreads, Body::kBlocksPerSm)
     conv_fma_kernel(const __grid_constant__ Body body) {

@@ -11,6 +11,9 @@ namespace {
 
 constexpr int kBlocksPerSm = 2;
 
+// inspect: registers 128, holds STG.128
+// inspect from sm_80: loop HMMA LDSM
+// inspect from sm_80 for ConvChannels: loop LDGSTS.128
 template <typename Body>
 __global__ void __launch_bounds__(kConvThreads, kBlocksPerSm)
     conv_forward_kernel(const __grid_constant__ Body body) {

@@ -6,7 +6,10 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/util/StringUtil.h>
+
 #include <cuda_runtime_api.h>
+#include "common/launch_check.h"
 
 #include <array>
 #include <cstdlib>
@@ -49,6 +52,16 @@ const void* pointer(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.const_data_ptr() : nullptr;
 }
 
+// The problem, for the message of an error in any of its launches.
+auto described(const char* part, const CudaConv& c) {
+  return [part, &c] {
+    const ConvParams& p = c.p.conv;
+    return c10::str(part, " for input [", p.batch, ", ", p.in_channels, ", ", p.input_size[0], ", ",
+                    p.input_size[1], "] and weight [", p.out_channels, ", ", p.in_channels, ", ", p.kernel[0],
+                    ", ", p.kernel[1], "]");
+  };
+}
+
 }  // namespace
 
 Products cuda_products(Dtype dtype, const CudaDevice& device) {
@@ -66,8 +79,10 @@ void single_forward(const CudaConv& c, const Tensor& input, const Tensor& weight
                     const std::optional<Tensor>& bias, Tensor& output, Tensor& code) {
   const Tensor x = input.contiguous(kLast), w = weight.contiguous(kLast);
   const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
-  conv_forward(c, x.const_data_ptr(), w.const_data_ptr(), pointer(b), output.data_ptr(),
-               code.numel() == 0 ? nullptr : code.data_ptr(), current_stream(input));
+  naming(described("conv_forward", c), [&] {
+    conv_forward(c, x.const_data_ptr(), w.const_data_ptr(), pointer(b), output.data_ptr(),
+                 code.numel() == 0 ? nullptr : code.data_ptr(), current_stream(input));
+  });
 }
 
 Tensor single_grad_input(const CudaConv& c, const Tensor& input, const Tensor& weight,
@@ -75,8 +90,10 @@ Tensor single_grad_input(const CudaConv& c, const Tensor& input, const Tensor& w
   const Tensor grad = grad_output.contiguous(kLast);
   const Tensor turned = weight.flip({2, 3}).transpose(0, 1).contiguous(kLast);
   Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
-  conv_grad_input(c, turned.const_data_ptr(), grad.const_data_ptr(), pointer(code), grad_input.data_ptr(),
-                  current_stream(input));
+  naming(described("conv_grad_input", c), [&] {
+    conv_grad_input(c, turned.const_data_ptr(), grad.const_data_ptr(), pointer(code), grad_input.data_ptr(),
+                    current_stream(input));
+  });
   return grad_input;
 }
 
@@ -87,8 +104,10 @@ std::tuple<Tensor, Tensor> single_grad_weight(const CudaConv& c, const Tensor& i
   Tensor grad_bias = at::empty({c.p.conv.out_channels}, weight.options());
   const Tensor scratch =
       at::empty({conv_grad_weight_scratch(c, current_cuda_device())}, input.options().dtype(at::kFloat));
-  conv_grad_weight(c, x.const_data_ptr(), grad.const_data_ptr(), pointer(code), grad_weight.data_ptr(),
-                   grad_bias.data_ptr(), scratch.data_ptr<float>(), current_stream(input));
+  naming(described("conv_grad_weight", c), [&] {
+    conv_grad_weight(c, x.const_data_ptr(), grad.const_data_ptr(), pointer(code), grad_weight.data_ptr(),
+                     grad_bias.data_ptr(), scratch.data_ptr<float>(), current_stream(input));
+  });
   return {grad_weight, grad_bias};
 }
 

@@ -1,15 +1,17 @@
 // Launches of the CUDA optimizer step; the bodies are in kernel_step.cuh.
 #include "optim/launch.h"
 
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+#include <c10/util/Type.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
+#include "common/launch_check.h"
 #include "optim/kernel_step.cuh"
 
 namespace dlfast::optim {
@@ -19,6 +21,8 @@ constexpr int kTableTensors = 28;
 constexpr int kTableGroups = 8;
 using Arguments = ArgumentTable<kTableTensors, kTableGroups>;
 
+// inspect: registers 64, static 256, holds LDG.128|LD.128 STG.128|ST.128
+// inspect for double: registers 72
 template <typename Rule, typename T, typename Table>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars scalars) {
@@ -49,7 +53,10 @@ void launch(Format number, const Table& table, const StepScalars& scalars, int64
     default:
       TORCH_CHECK(false, "a parameter is no int8");
   }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch([&] {
+    return c10::str("in step_kernel<", c10::demangle_type<Rule>(), ">, ", blocks, " blocks of ", kThreads,
+                    " threads, for ", scalars.count, " tensors");
+  });
 }
 
 // As many launches as it takes to pass all tensors, and the groups they use, in arguments.

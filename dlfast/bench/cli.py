@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +13,13 @@ from pathlib import Path
 import torch
 
 from dlfast._native import native
-from dlfast.bench import accuracy, fused, layers, optim, problems, protocol, report
+from dlfast.bench import accuracy, fused, gpu, layers, optim, problems, protocol, report, traffic
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
 from dlfast.models import NETWORKS
 from dlfast.plan import machine_speed
 
-TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "accuracy", "fuse", *fused.MODELS]
+TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "accuracy", "bytes", "gpu", "fuse", *fused.MODELS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: torch's own choice)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: auto)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    parser.add_argument(
+        "--at-most", type=float, metavar="SECONDS", help="begin no further problem after that (default: no limit)"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench"), metavar="DIR", help="(default: bench)")
 
 
@@ -42,18 +46,26 @@ def run(args: argparse.Namespace) -> int:
         least = 2 if option == "rounds" else 1  # quartiles need two
         if value is not None and value < least:
             raise UsageError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    for alone in ("accuracy", "bytes"):
+        if alone in args.targets and args.targets != [alone]:
+            raise UsageError(f"bench {alone} measures no time and takes no other target beside it")
+    if args.targets == ["bytes"]:
+        return _bytes(args.out)
     device = _device(args.device)
     if "layers" in args.targets and native.module is None:
         raise UsageError(f"bench layers measures the compiled operators, which are not available: {native.reason}")
+    if "gpu" in args.targets and device != "cuda":
+        raise UsageError("bench gpu needs a CUDA device, and torch sees none")
     for package in ("rich", "matplotlib"):  # say at once, not after minutes of measuring, that one is missing
         importlib.import_module(package)
     protocol.set_threads(args.threads)
     facts = protocol.machine()
     if args.targets == ["accuracy"]:
         return _accuracy(args.out, facts)
-    rows, ratios, notes, points = [], [], [], []
+    rows, ratios, points = [], [], []
+    notes: list[str] = []
     roofline = None
-    for problem in _problems(args, device):
+    for problem in _in_time(_problems(args, device), args.at_most, notes):
         print(f"{problem.name} ...", flush=True)
         more_rows, more_ratios = protocol.measure(problem, args.rounds)
         if problem.work:
@@ -86,6 +98,25 @@ def _accuracy(out: Path, facts: dict[str, str]) -> int:
     return 0
 
 
+def _bytes(out: Path) -> int:
+    text = traffic.markdown(item=2, dtype="float16")
+    print(text)
+    write_whole(out / "bytes.json", (json.dumps(traffic.as_dict(item=2), indent=1) + "\n").encode())
+    write_whole(out / "bytes.md", text.encode())
+    print(f"written: {out / 'bytes.json'} and .md")
+    return 0
+
+
+def _in_time(every: Iterator[problems.Problem], at_most: float | None, notes: list[str]) -> Iterator[problems.Problem]:
+    """Problems are made, and compiled, only when their turn comes."""
+    start = time.monotonic()
+    for problem in every:
+        yield problem
+        if at_most is not None and time.monotonic() - start > at_most:
+            notes.append(f"stopped after {at_most:g} s: what comes after {problem.name} was not measured")
+            return
+
+
 def _roofline() -> protocol.Roofline:
     speed = machine_speed()
     return protocol.Roofline(speed.flops, speed.bandwidth)
@@ -107,3 +138,5 @@ def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Proble
     models = list(fused.MODELS) if "fuse" in targets else [t for t in targets if t in fused.MODELS]
     yield from fused.models(models, args.batch_size, compile, device)
     yield from optim.problems(targets, device)
+    if "gpu" in targets:
+        yield from gpu.gpu_problems(compile)

@@ -48,6 +48,7 @@ class Problem:
     moved: dict[str, int] = field(default_factory=dict)  # bytes that a call must read and write, where known
     group: str = ""  # ratios of a group have a mean of their own
     work: dict[str, Work] = field(default_factory=dict)  # of each call, where it is counted
+    calls: int = 1  # timed together, where one is too short for the clock
 
     def variants_by_name(self) -> list[str]:
         return [variant.name for variant in self.variants]

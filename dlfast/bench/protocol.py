@@ -118,7 +118,7 @@ def measure(problem: Problem, rounds: int) -> tuple[list[Row], list[Ratio]]:
     rows, ratios = [], []
     quantities = list(problem.variants[0].calls)
     for quantity in quantities:
-        seconds = alternate([variant.calls[quantity] for variant in problem.variants], rounds)
+        seconds = alternate([variant.calls[quantity] for variant in problem.variants], rounds, calls=problem.calls)
         for variant, times in zip(problem.variants, seconds, strict=True):
             rows.append(_row(problem, quantity, variant, times))
         ratios.append(_ratio(problem, quantity, dict(zip(problem.variants_by_name(), seconds, strict=True))))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlfast._native import NATIVE_DEVICES
+from dlfast._native import runs_on
 from dlfast.fusion.chain import Chain
 from dlfast.nn.conv import ConvReLUPool2d
 from dlfast.plan import Plan, plan_block
@@ -21,8 +21,8 @@ Shapes = Mapping[int, tuple[torch.Size, torch.dtype]]
 def weigh(chain: Chain, shapes: Shapes | None) -> str:
     """Why fusing `chain` would gain nothing; empty where it gains. Fills in its plan, gain and bytes saved."""
     tensor = _some_tensor(chain)
-    if tensor is not None and tensor.device.type not in NATIVE_DEVICES:
-        return f"no compiled operators for {tensor.device.type}: PyTorch would run it as it is"
+    if tensor is not None and not runs_on(tensor.device):
+        return f"no compiled operators for {tensor.device}: PyTorch would run it as it is"
     if tensor is not None and chain.kind == "bn" and tensor.device.type != "cpu":
         return "the pass with BatchNorm is compiled for the CPU alone"
     if tensor is not None and tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

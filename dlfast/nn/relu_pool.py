@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dlfast import reference
-from dlfast._native import NATIVE_DEVICES
+from dlfast._native import runs_on
 from dlfast.nn.exporting import is_exporting
 from dlfast.nn.window import Window
 from dlfast.ops import Size2, pair
@@ -42,7 +42,7 @@ def relu_pool2d(
     True
     """
     traced = torch._C._are_functorch_transforms_active() or is_exporting()
-    if traced or input.device.type not in NATIVE_DEVICES:
+    if traced or not runs_on(input.device):
         return reference.relu_pool2d(
             input, activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,
             pool_padding=pool_padding, ceil_mode=ceil_mode,

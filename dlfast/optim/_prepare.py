@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
-from dlfast._native import native
+from dlfast._native import native, runs_on
 from dlfast.optim import _formats
 from dlfast.optim._checkpoint import Checkpoint
 from dlfast.optim._members import HALVES, Member, compute_dtype, is_dtensor, local_of, sharded_over
@@ -177,6 +177,7 @@ class Preparing(Checkpoint):
                 is_native = (
                     wants_native
                     and local.device.type in devices
+                    and runs_on(local.device)
                     and local.dtype in NATIVE_DTYPES
                     and (distributed or type(p) in PLAIN_TYPES)
                     and (distributed or type(grad) in PLAIN_TYPES)

@@ -33,7 +33,7 @@ RULES = [
     (r".*/launch\.h", [COMMON, OWN, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
     (
-        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|speed|relu_pool)\.(h|cpp))",
+        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|measure\w*|speed|relu_pool)\.(h|cpp))",
         [r"<[\w/.]+>", r'"(?!.*kernel_)[\w/.]+"'],
     ),
 ]

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common/simd.h"
+#include "conv_relu_pool/measure_cuda.h"
 #include "conv_relu_pool/op.h"
 #include "conv_relu_pool/speed.h"
 #include "optim/op_plan.h"
@@ -62,7 +63,7 @@ TORCH_LIBRARY(dlfast, m) {
 
 namespace {
 
-using PlanRow = std::tuple<std::string, std::string, double, double, bool>;
+using PlanRow = std::tuple<std::string, std::string, double, double, double, bool>;
 using Pair = std::vector<int64_t>;
 
 std::vector<PlanRow> plan_block(const at::Tensor& input, const at::Tensor& weight, const Pair& stride,
@@ -73,11 +74,11 @@ std::vector<PlanRow> plan_block(const at::Tensor& input, const at::Tensor& weigh
   const dlfast::BlockPlan plan =
       dlfast::plan_block(input, weight, {stride, padding, dilation, groups},
                          {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode}, save_code);
-  std::vector<PlanRow> rows = {{"convolution", "", plan.flops, 0.0, false}};
+  std::vector<PlanRow> rows = {{"convolution", "", plan.flops, 0.0, plan.floor, false}};
   const auto add = [&](const char* part, const dlfast::Choice& choice) {
     for (int i = 0; i < choice.count; ++i) {
       const dlfast::Candidate& c = choice.candidates[i];
-      rows.emplace_back(part, dlfast::path_name(c.path), c.flops, c.bytes, i == choice.best);
+      rows.emplace_back(part, dlfast::path_name(c.path), c.flops, c.bytes, c.seconds, i == choice.best);
     }
   };
   add("forward", plan.forward);
@@ -94,11 +95,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "simd_level", [] { return std::string(dlfast::simd_name(dlfast::simd_level())); },
       "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
   m.def("plan_block", plan_block,
-        "Candidates of each part of a block as (part, name, flops, bytes, chosen); the first row is the "
-        "convolution as such");
+        "Candidates of each part of a block as (part, name, flops, bytes, seconds, chosen), seconds on CUDA "
+        "only; "
+        "the first row is the convolution as such, its seconds the least there can be");
   m.def("peak_flops", dlfast::peak_flops, py::call_guard<py::gil_scoped_release>(),
         "Multiplications and additions of float32 per second that the threads of ATen reach");
   m.def("peak_bandwidth", dlfast::peak_bandwidth, py::call_guard<py::gil_scoped_release>(),
         "Bytes per second that the threads of ATen read and write when copying memory");
+#ifdef DLFAST_WITH_CUDA
+  m.def("forget_measurements", dlfast::forget_measurements,
+        "Forgets what was timed under torch.backends.cudnn.benchmark");
+#endif
   dlfast::optim::bind_plan(m);
 }

@@ -14,12 +14,14 @@ from dlfast.ops import conv_relu_pool2d, pair, same_padding
 
 # What each name means, for people.
 PATHS = {
-    "pytorch": "PyTorch's convolution",
+    "eager": "PyTorch's kernels, one by one",
+    "pytorch": "PyTorch's convolution and one pass",
     "direct": "fused convolution",
     "winograd2": "fused Winograd F(2x2, 3x3)",
     "winograd4": "fused Winograd F(4x4, 3x3)",
     "sparse": "only what passes gradient",
     "patches": "only what passes gradient, few channels",
+    "single": "one fused kernel",
     "reference": "plain PyTorch",
 }
 
@@ -34,7 +36,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a part of a block; seconds are predicted."""
+    """One way to compute a part of a block; seconds are predicted, or measured with ``cudnn.benchmark``."""
 
     path: str
     seconds: float
@@ -61,8 +63,9 @@ class Plan:
 
     Attributes:
         forward, grad_input, grad_weight: names of the chosen ways: "pytorch" (PyTorch's kernels with one pass
-            of ours), "direct", "winograd2", "winograd4", "sparse", "patches", or "reference" where compiled
-            operators do not run at all.
+            of ours), "direct", "winograd2", "winograd4", "sparse", "patches", on CUDA "single", or "reference"
+            where compiled operators do not run at all. On CUDA "eager" stands among the candidates for
+            comparison; `torch.backends.cudnn.benchmark` takes it for a whole block where it measures faster.
         reason: why, in a sentence.
         predicted_gain: predicted time of PyTorch's way over ours, forward and the gradients that are needed.
         flops: multiplications and additions of one convolution; forward and each gradient have as many.
@@ -150,30 +153,38 @@ def plan_block(module: ConvReLUPool2d, input: Tensor) -> Plan:
     return _plan_from(rows, training, input)
 
 
-def _plan_from(rows: list[tuple[str, str, float, float, bool]], training: bool, input: Tensor) -> Plan:
-    speed = machine_speed()
-    flops = int(rows[0][2])
+Row = tuple[str, str, float, float, float, bool]  # part, path, flops, bytes, seconds on CUDA, chosen
+
+
+def _plan_from(rows: list[Row], training: bool, input: Tensor) -> Plan:
+    flops, floor = int(rows[0][2]), rows[0][4]
+    speed = None if floor > 0 else machine_speed()
+
+    def seconds(flops: float, moved: float, known: float) -> float:
+        return known if speed is None else flops / speed.flops + moved / speed.bandwidth
+
     parts = []
     for name in ("forward", "grad_input", "grad_weight"):
         mine = [row for row in rows if row[0] == name]
-        candidates = tuple(Candidate(path, f / speed.flops + b / speed.bandwidth, int(b)) for _, path, f, b, _ in mine)
-        chosen = next(c for c, row in zip(candidates, mine, strict=True) if row[4])
+        candidates = tuple(Candidate(path, seconds(f, b, known), int(b)) for _, path, f, b, known, _ in mine)
+        chosen = next(c for c, row in zip(candidates, mine, strict=True) if row[-1])
         parts.append(Part(name, chosen, candidates))
     needed = [parts[0]]
     if training:
         needed += [parts[2], *([parts[1]] if input.requires_grad else [])]
     gain = sum(p.candidates[0].seconds for p in needed) / sum(p.chosen.seconds for p in needed)
-    own_bytes = min(c.bytes for c in parts[0].candidates)
+    if speed is not None:
+        floor = max(flops / speed.flops, min(c.bytes for c in parts[0].candidates) / speed.bandwidth)
     return Plan(
         parts[0].chosen.path, parts[1].chosen.path, parts[2].chosen.path, _reason(needed), gain, flops,
-        parts[0].chosen.bytes, tuple(needed), max(flops / speed.flops, own_bytes / speed.bandwidth),
+        parts[0].chosen.bytes, tuple(needed), floor,
     )  # fmt: skip
 
 
 def _reason(parts: list[Part]) -> str:
     ours = [part for part in parts if part.chosen.path != "pytorch"]
     if not ours:
-        others = [c.path for part in parts for c in part.candidates if c.path != "pytorch"]
+        others = [c.path for part in parts for c in part.candidates if c.path not in ("eager", "pytorch")]
         return "PyTorch's kernels are faster here" if others else "our kernels do not take this problem"
     return ", ".join(f"{part.name} {part.chosen.path} ({part.gain:.1f}x)" for part in ours)
 

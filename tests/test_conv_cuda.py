@@ -45,7 +45,7 @@ def ways(tensors: list[Tensor], case: Case) -> dict[str, str]:
         pool, size, cases_pair(case.pool.get("pool_stride", size)), cases_pair(case.pool.get("pool_padding", 0)),
         case.pool.get("ceil_mode", False), True,
     )  # fmt: skip
-    return {part: path for part, path, _, _, chosen in rows if chosen}
+    return {part: path for part, path, *_, chosen in rows if chosen}
 
 
 def cases_pair(value: int | tuple[int, int]) -> tuple[int, int]:

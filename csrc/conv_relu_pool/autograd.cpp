@@ -11,6 +11,16 @@
 #include <tuple>
 #include <vector>
 
+#ifdef DLFAST_WITH_CUDA
+#include <ATen/Context.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <sstream>
+
+#include "conv_relu_pool/measure_cuda.h"
+#include "conv_relu_pool/plan.h"
+#endif
+
 namespace dlfast {
 namespace {
 
@@ -322,6 +332,51 @@ Tensor transpose_autograd(const Tensor& grad, const Tensor& code, OptionalName a
 
 // ---- The public operator ------------------------------------------------------------------------------
 
+#ifdef DLFAST_WITH_CUDA
+// PyTorch's kernels one by one, under its own autograd.
+Tensor eager_block(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Geometry& g) {
+  Tensor x = at::conv2d(input, weight, bias, g.stride, g.padding, g.dilation, g.groups);
+  if (g.activation) x = at::relu(x);
+  if (!g.pool) return x;
+  return *g.pool == "avg" ? at::avg_pool2d(x, g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode)
+                          : at::max_pool2d(x, g.pool_size, g.pool_stride, g.pool_padding, 1, g.ceil_mode);
+}
+
+// Whether eager_block is faster than the operator, measured where PyTorch is set to measure: forward, and
+// backward where there will be one.
+bool eager_is_faster(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Geometry& g,
+                     bool backward) {
+  if (!may_measure(input) || plan_is_forced()) return false;
+  const bool biased = bias && bias->defined();
+  std::ostringstream key;
+  key << "block " << input.device() << ' ' << input.scalar_type() << ' ' << input.sizes() << input.strides()
+      << weight.sizes() << weight.strides() << IntArrayRef(g.stride) << IntArrayRef(g.padding)
+      << IntArrayRef(g.dilation) << g.groups << g.activation.value_or("") << g.pool.value_or("")
+      << IntArrayRef(g.pool_size) << IntArrayRef(g.pool_stride) << IntArrayRef(g.pool_padding) << g.ceil_mode
+      << backward << input.requires_grad() << weight.requires_grad() << biased
+      << at::globalContext().allowTF32CuDNN(at::Float32Op::CONV)
+      << at::globalContext().deterministicAlgorithms();
+  const auto step = [&](auto block) {
+    variable_list leaves;
+    const auto leaf = [&](const Tensor& t) {
+      Tensor copy = t.detach();
+      if (backward && t.requires_grad()) leaves.push_back(copy.requires_grad_());
+      return copy;
+    };
+    const Tensor x = leaf(input), w = leaf(weight);
+    const Tensor output = block(x, w, biased ? OptionalTensor(leaf(*bias)) : bias);
+    if (backward) torch::autograd::grad({output}, leaves, {at::ones_like(output)});
+  };
+  const auto ours = [&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+    return std::get<0>(call_forward(x, w, b, g, backward));
+  };
+  const auto pytorch = [&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+    return eager_block(x, w, b, g);
+  };
+  return pytorch_is_faster(key.str(), [&] { step(ours); }, [&] { step(pytorch); });
+}
+#endif
+
 Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                         OptionalName activation, OptionalName pool, IntArrayRef pool_size,
@@ -336,6 +391,9 @@ Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Optiona
                                                         (bias && bias->defined() && bias->requires_grad()));
   if (input.dim() == 3)
     return std::get<0>(call_forward(input.unsqueeze(0), weight, bias, g, save_code)).squeeze(0);
+#ifdef DLFAST_WITH_CUDA
+  if (eager_is_faster(input, weight, bias, g, save_code)) return eager_block(input, weight, bias, g);
+#endif
   return std::get<0>(call_forward(input, weight, bias, g, save_code));
 }
 

@@ -3,10 +3,12 @@
 //
 // All tensors are dense and channels_last: input [N, H, W, C], weight [K, kh, kw, C], y and code
 // [N, PH, PW, K]. Pointers are checked by op.cpp and belong to the current device; the stream is a
-// cudaStream_t. What a function does not take, `..._fits` says before.
+// cudaStream_t. What a function does not take, `..._fits` or `..._work` says before.
 //
 // code is what params.h says. Without pooling it is y of the forward, or null without ReLU.
 #pragma once
+
+#include <optional>
 
 #include "conv_relu_pool/params.h"
 #include "conv_relu_pool/relu_pool.h"
@@ -18,6 +20,8 @@ struct CudaDevice {
   int64_t arch;          // 10 * major + minor: 80, 86, 90, 120
   int64_t processors;    // streaming multiprocessors
   int64_t shared_bytes;  // that one block may have
+  double clock;          // Hz
+  double bandwidth;      // of its memory, bytes per second
 };
 
 const CudaDevice& current_cuda_device();
@@ -34,21 +38,28 @@ struct CudaConv {
   Products products;
 };
 
-bool conv_forward_fits(const CudaConv& c, const CudaDevice& device);
+// What a launch would compute.
+struct ConvWork {
+  int64_t blocks;
+  double macs;  // multiply-adds of one block, what fills up tiles and steps included
+};
+
+// Nothing where the kernels do not take the problem.
+std::optional<ConvWork> conv_forward_work(const CudaConv& c, const CudaDevice& device);
 // y = pool(activation(conv(input, weight) + bias)); bias [K] and code may be null.
 void conv_forward(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,
                   void* code, void* stream);
 
-bool conv_grad_input_fits(const CudaConv& c, const CudaDevice& device);
+std::optional<ConvWork> conv_grad_input_work(const CudaConv& c, const CudaDevice& device);
 // turned [C, kh, kw, K]: turned[c, i, j, k] = weight[k, kh - 1 - i, kw - 1 - j, c].
 void conv_grad_input(const CudaConv& c, const void* turned, const void* grad_y, const void* code,
                      void* grad_input, void* stream);
 
 // The same two for Products::fma; the functions above call them.
-bool conv_forward_fma_fits(const CudaConv& c, const CudaDevice& device);
+std::optional<ConvWork> conv_forward_fma_work(const CudaConv& c, const CudaDevice& device);
 void conv_forward_fma(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,
                       void* code, void* stream);
-bool conv_grad_input_fma_fits(const CudaConv& c, const CudaDevice& device);
+std::optional<ConvWork> conv_grad_input_fma_work(const CudaConv& c, const CudaDevice& device);
 void conv_grad_input_fma(const CudaConv& c, const void* turned, const void* grad_y, const void* code,
                          void* grad_input, void* stream);
 

@@ -275,6 +275,22 @@ ConvFinish<T> grad_input_finish(const CudaConv& c, void* grad_input) {
           .bias_packed = false};
 }
 
+// Multiply-adds of a block for every number along k.
+template <typename W>
+double block_macs(int64_t columns) {
+  return 16.0 * W::fragments * kConvWarps * 8.0 * static_cast<double>(columns);
+}
+
+template <typename W>
+std::optional<ConvWork> channels_work(const ConvView& v, int64_t columns, const CudaConv& c,
+                                      const CudaDevice& device) {
+  const int64_t bytes = bytes_of(c.dtype);
+  const auto fit = fit_channels<W>(v, bytes, 8 * columns, device);
+  if (!fit) return std::nullopt;
+  const int64_t k = ceil_to(v.in_channels, kStepBytes / bytes) * v.kernel[0] * v.kernel[1];
+  return ConvWork{fit->tiling.blocks, block_macs<W>(columns) * static_cast<double>(k)};
+}
+
 inline bool turnable(const CudaConv& c) {
   return c.p.conv.stride[0] == 1 && c.p.conv.stride[1] == 1;
 }
@@ -282,7 +298,7 @@ inline bool turnable(const CudaConv& c) {
 // What every kernel of this family asks of a problem.
 inline bool acceptable(const CudaConv& c, Products products) {
   return c.products == products && c.dtype != Dtype::float64 && c.p.conv.groups == 1 &&
-         window_side(c.p.pool) != 0;
+         c.p.pool.channels_last && window_side(c.p.pool) != 0;
 }
 
 }  // namespace dlfast

@@ -48,6 +48,14 @@ std::optional<FmaFit> fit_fma(const ConvView& v, const CudaDevice& device) {
   return std::nullopt;
 }
 
+template <typename W>
+std::optional<ConvWork> work_of(const ConvView& v, const CudaDevice& device) {
+  const auto fit = fit_fma<W>(v, device);
+  if (!fit) return std::nullopt;
+  const double k = static_cast<double>(v.kernel[0] * v.kernel[1] * v.in_channels);
+  return ConvWork{fit->tiling.blocks, block_macs<W>(kColumns) * k};
+}
+
 template <typename W, typename Source, typename T>
 void run(const ConvView& v, const Source& source, const T* weight, const ConvFinish<T>& finish,
          void* stream) {
@@ -67,12 +75,11 @@ void run(const ConvView& v, const Source& source, const T* weight, const ConvFin
 
 }  // namespace
 
-bool conv_forward_fma_fits(const CudaConv& c, const CudaDevice& device) {
-  if (!acceptable(c, Products::fma)) return false;
-  bool fits = false;
-  with_window(c.p.pool,
-              [&](auto window) { fits = fit_fma<decltype(window)>(forward_view(c.p), device).has_value(); });
-  return fits;
+std::optional<ConvWork> conv_forward_fma_work(const CudaConv& c, const CudaDevice& device) {
+  if (!acceptable(c, Products::fma)) return std::nullopt;
+  std::optional<ConvWork> work;
+  with_window(c.p.pool, [&](auto window) { work = work_of<decltype(window)>(forward_view(c.p), device); });
+  return work;
 }
 
 void conv_forward_fma(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,
@@ -90,9 +97,9 @@ void conv_forward_fma(const CudaConv& c, const void* input, const void* weight, 
   });
 }
 
-bool conv_grad_input_fma_fits(const CudaConv& c, const CudaDevice& device) {
-  return acceptable(c, Products::fma) && turnable(c) &&
-         fit_fma<PlainWindow>(turned_view(c.p), device).has_value();
+std::optional<ConvWork> conv_grad_input_fma_work(const CudaConv& c, const CudaDevice& device) {
+  if (!acceptable(c, Products::fma) || !turnable(c)) return std::nullopt;
+  return work_of<PlainWindow>(turned_view(c.p), device);
 }
 
 void conv_grad_input_fma(const CudaConv& c, const void* turned, const void* grad_y, const void* code,

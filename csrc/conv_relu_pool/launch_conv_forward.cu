@@ -113,13 +113,17 @@ int columns_of(const ConvView& v) {
 }
 
 template <typename W>
-bool fits(const CudaConv& c, const CudaDevice& device) {
+std::optional<ConvWork> work_of(const CudaConv& c, const CudaDevice& device) {
   const ConvView v = forward_view(c.p);
-  const int64_t channels = 8 * columns_of<W>(v);
-  if constexpr (kTakesFirst<W>) {
-    if (goes_first<W>(v) && fit_first<W>(v, bytes_of(c.dtype), channels, device)) return true;
+  const int64_t columns = columns_of<W>(v);
+  if (goes_first<W>(v)) {
+    if (const auto fit = fit_first<W>(v, bytes_of(c.dtype), 8 * columns, device)) {
+      return ConvWork{
+          fit->tiling.blocks,
+          block_macs<W>(columns) * static_cast<double>(fit->layout.steps * kStepBytes / bytes_of(c.dtype))};
+    }
   }
-  return fit_channels<W>(v, bytes_of(c.dtype), channels, device).has_value();
+  return channels_work<W>(v, columns, c, device);
 }
 
 template <typename T>
@@ -167,12 +171,12 @@ void run(const ConvView& v, const Tensors<T>& tensors, const CudaDevice& device)
 
 }  // namespace
 
-bool conv_forward_fits(const CudaConv& c, const CudaDevice& device) {
-  if (c.products == Products::fma) return conv_forward_fma_fits(c, device);
-  if (!acceptable(c, Products::tensor_core)) return false;
-  bool result = false;
-  with_window(c.p.pool, [&](auto window) { result = fits<decltype(window)>(c, device); });
-  return result;
+std::optional<ConvWork> conv_forward_work(const CudaConv& c, const CudaDevice& device) {
+  if (c.products == Products::fma) return conv_forward_fma_work(c, device);
+  if (!acceptable(c, Products::tensor_core)) return std::nullopt;
+  std::optional<ConvWork> work;
+  with_window(c.p.pool, [&](auto window) { work = work_of<decltype(window)>(c, device); });
+  return work;
 }
 
 void conv_forward(const CudaConv& c, const void* input, const void* weight, const void* bias, void* y,

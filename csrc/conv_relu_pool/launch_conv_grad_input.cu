@@ -41,11 +41,11 @@ void run(const CudaConv& c, const Source& source, const T* turned, void* grad_in
 
 }  // namespace
 
-bool conv_grad_input_fits(const CudaConv& c, const CudaDevice& device) {
-  if (c.products == Products::fma) return conv_grad_input_fma_fits(c, device);
-  if (!acceptable(c, Products::tensor_core) || !turnable(c)) return false;
+std::optional<ConvWork> conv_grad_input_work(const CudaConv& c, const CudaDevice& device) {
+  if (c.products == Products::fma) return conv_grad_input_fma_work(c, device);
+  if (!acceptable(c, Products::tensor_core) || !turnable(c)) return std::nullopt;
   const ConvView v = turned_view(c.p);
-  return fit_channels<PlainWindow>(v, bytes_of(c.dtype), 8 * columns_for(v), device).has_value();
+  return channels_work<PlainWindow>(v, columns_for(v), c, device);
 }
 
 void conv_grad_input(const CudaConv& c, const void* turned, const void* grad_y, const void* code,

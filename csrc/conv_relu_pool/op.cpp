@@ -1,4 +1,4 @@
-// The operators on tensors, for CPU and CUDA alike: check, allocate, plan, call the backend's kernels.
+// The whole block on tensors, for CPU and CUDA alike: check, allocate, plan, call the backend's kernels.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
@@ -10,36 +10,15 @@
 #include "checks.h"
 #include "conv_relu_pool/op.h"
 #include "conv_relu_pool/op_cuda.h"
+#include "conv_relu_pool/op_relu_pool.h"
 #include "conv_relu_pool/plan.h"
-#ifdef DLFAST_WITH_CUDA
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace dlfast {
-
-const ReluPoolBackend& relu_pool_cpu() {
-  return cpu_kernels().relu_pool;
-}
-
 namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
 using OptionalName = std::optional<std::string_view>;
-
-const ReluPoolBackend& backend_of([[maybe_unused]] const Tensor& tensor) {
-#ifdef DLFAST_WITH_CUDA
-  if (tensor.is_cuda()) return relu_pool_cuda();
-#endif
-  return relu_pool_cpu();
-}
-
-void* stream_of([[maybe_unused]] const Tensor& tensor) {
-#ifdef DLFAST_WITH_CUDA
-  if (tensor.is_cuda()) return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
-#endif
-  return nullptr;
-}
 
 // The memory format PyTorch's convolution gives its output.
 at::MemoryFormat convolution_format(const Tensor& input, const Tensor& weight) {
@@ -48,149 +27,6 @@ at::MemoryFormat convolution_format(const Tensor& input, const Tensor& weight) {
   };
   return is_last(input) || is_last(weight) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
-
-Tensor empty_output(const ReluPoolParams& p, const Tensor& like, at::ScalarType dtype) {
-  return at::empty({p.batch, p.channels, p.output_size[0], p.output_size[1]},
-                   like.options().dtype(dtype).memory_format(format_of(p)));
-}
-
-Tensor empty_input(const ReluPoolParams& p, const Tensor& like) {
-  return at::empty({p.batch, p.channels, p.input_size[0], p.input_size[1]},
-                   like.options().memory_format(format_of(p)));
-}
-
-Tensor nothing(const Tensor& like) {
-  return at::empty({0}, like.options());
-}
-
-// The code backward needs, uninitialised; an empty tensor where it needs none (see params.h).
-Tensor empty_code(const ReluPoolParams& p, const Tensor& like, bool save_code) {
-  if (save_code && p.pool == Pool::max) return empty_output(p, like, p.wide_code() ? at::kInt : at::kByte);
-  if (save_code && p.pool == Pool::avg && p.activation == Activation::relu) {
-    return at::empty({(p.input_numel() + 7) / 8}, like.options().dtype(at::kByte));
-  }
-  return at::empty({0}, like.options().dtype(at::kByte));
-}
-
-void* code_pointer(const Tensor& code) {
-  return code.numel() == 0 ? nullptr : code.data_ptr();
-}
-
-// `code` is what forward gave for this problem, in the layout of y.
-Tensor check_code(const char* op, const ReluPoolParams& p, const Tensor& code, const Tensor& like) {
-  TORCH_CHECK(code.device() == like.device(), op, ": code must be on the device of the gradient (",
-              like.device(), "), got ", code.device());
-  const std::array<int64_t, 4> output = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
-  switch (p.pool) {
-    case Pool::none:
-      if (p.activation == Activation::none) return nothing(like);
-      check_alike(op, "code", code, "grad_output", like);
-      check_sizes(op, "code", code, output);
-      return code.contiguous(format_of(p));
-    case Pool::max:
-      TORCH_CHECK(code.scalar_type() == (p.wide_code() ? at::kInt : at::kByte), op,
-                  ": code must be uint8 for windows of up to 255 positions and int32 beyond, got ",
-                  code.scalar_type());
-      check_sizes(op, "code", code, output);
-      return code.contiguous(format_of(p));
-    case Pool::avg:
-      if (p.activation == Activation::none) return nothing(like);
-      TORCH_CHECK(code.scalar_type() == at::kByte, op, ": code must be uint8, got ", code.scalar_type());
-      check_sizes(op, "code", code, {(p.input_numel() + 7) / 8});
-      return code.contiguous();
-  }
-  return code;
-}
-
-// ---- The pass after a convolution -------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor> relu_pool2d(const Tensor& input, const std::optional<Tensor>& bias,
-                                       OptionalName activation, OptionalName pool, IntArrayRef pool_size,
-                                       IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode,
-                                       bool save_code) {
-  constexpr const char* op = "relu_pool2d";
-  TORCH_CHECK(input.dim() == 4, op, ": input must have shape [N, C, H, W], got ", input.sizes());
-  const Dtype dtype = check_dtype(op, "input", input);
-  check_alike(op, "input", input, "input", input);
-  check_bias(op, bias, input.size(1), input);
-  const bool last = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  const ReluPoolParams p = check_pooling(
-      op, input.sizes(), {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode}, last);
-
-  const c10::OptionalDeviceGuard guard(input.device());
-  const Tensor z = input.contiguous(format_of(p));
-  const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
-  Tensor output = empty_output(p, input, input.scalar_type());
-  Tensor code = empty_code(p, input, save_code);
-  if (output.numel() > 0) {
-    backend_of(input).forward(p, dtype, z.const_data_ptr(), b.defined() ? b.const_data_ptr() : nullptr,
-                              output.data_ptr(), code_pointer(code), stream_of(input));
-  }
-  return {output, code};
-}
-
-// grad_z, in the layout of p; grad_output and code have been checked.
-Tensor expand_gradient(const ReluPoolParams& p, Dtype dtype, const Tensor& grad_output, const Tensor& code) {
-  if (p.pool == Pool::none && p.activation == Activation::none) return grad_output;
-  if (p.pool == Pool::none && grad_output.is_cpu()) return at::threshold_backward(grad_output, code, 0);
-  const Tensor grad = grad_output.contiguous(format_of(p));
-  Tensor grad_z = empty_input(p, grad_output);
-  if (grad_z.numel() > 0) {
-    backend_of(grad_output)
-        .backward(p, dtype, grad.const_data_ptr(), code_pointer(code), grad_z.data_ptr(),
-                  stream_of(grad_output));
-  }
-  return grad_z;
-}
-
-// The code of these two tells the layout; without one the gradient does.
-bool channels_last_of(const Tensor& code, const Tensor& grad) {
-  const Tensor& tensor = code.dim() == 4 ? code : grad;
-  return tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-}
-
-Tensor relu_pool2d_backward(const Tensor& grad_output, const Tensor& code, IntArrayRef input_size,
-                            OptionalName activation, OptionalName pool, IntArrayRef pool_size,
-                            IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
-  constexpr const char* op = "relu_pool2d_backward";
-  TORCH_CHECK(grad_output.dim() == 4, op, ": grad_output must have shape [N, C, PH, PW], got ",
-              grad_output.sizes());
-  const Dtype dtype = check_dtype(op, "grad_output", grad_output);
-  check_pair(op, "input_size", input_size, 1);
-  const std::array<int64_t, 4> sizes = {grad_output.size(0), grad_output.size(1), input_size[0],
-                                        input_size[1]};
-  const ReluPoolParams p =
-      check_pooling(op, sizes, {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
-                    channels_last_of(code, grad_output));
-  check_sizes(op, "grad_output", grad_output, {p.batch, p.channels, p.output_size[0], p.output_size[1]});
-  const c10::OptionalDeviceGuard guard(grad_output.device());
-  return expand_gradient(p, dtype, grad_output, check_code(op, p, code, grad_output)).clone();
-}
-
-Tensor relu_pool2d_transpose(const Tensor& grad_input, const Tensor& code, OptionalName activation,
-                             OptionalName pool, IntArrayRef pool_size, IntArrayRef pool_stride,
-                             IntArrayRef pool_padding, bool ceil_mode) {
-  constexpr const char* op = "relu_pool2d_transpose";
-  TORCH_CHECK(grad_input.dim() == 4, op, ": grad_input must have shape [N, C, H, W], got ",
-              grad_input.sizes());
-  const Dtype dtype = check_dtype(op, "grad_input", grad_input);
-  const ReluPoolParams p = check_pooling(op, grad_input.sizes(),
-                                         {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
-                                         channels_last_of(code, grad_input));
-  const Tensor checked = check_code(op, p, code, grad_input);
-  if (p.pool == Pool::none && p.activation == Activation::none) return grad_input.clone();
-  const c10::OptionalDeviceGuard guard(grad_input.device());
-  const Tensor grad = grad_input.contiguous(format_of(p));
-  Tensor grad_y = empty_output(p, grad_input, grad_input.scalar_type());
-  if (grad_y.numel() > 0) {
-    backend_of(grad_input)
-        .transpose(p, dtype, grad.const_data_ptr(), code_pointer(checked), grad_y.data_ptr(),
-                   stream_of(grad_input));
-  }
-  return grad_y;
-}
-
-// ---- The whole block ----------------------------------------------------------------------------------
 
 ConvBlockParams check_block(const char* op, const Tensor& input, const Tensor& weight, const BlockArgs& block,
                             const PoolArgs& pooling) {
@@ -268,33 +104,45 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
 
   const c10::OptionalDeviceGuard guard(input.device());
   const PlanContext context = context_of(input, dtype, save_code);
-  const Path path = plan_forward(p, context).path();
+  const std::optional<Tensor> none;
+  // Some of PyTorch's convolutions answer in another format than the one that backward will expect.
+  const auto convolve = [&](const std::optional<Tensor>& b) {
+    return at::conv2d(input, weight, b, stride, padding, dilation, groups).contiguous(format_of(p.pool));
+  };
+  const auto pass = [&](const Tensor& z, const std::optional<Tensor>& b) {
+    return relu_pool2d(z, b, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code);
+  };
+  if (!input.is_cpu()) {
+    // cuDNN's convolution takes a pass of its own for the bias, which ours saves.
+    const auto epilogue = [&] { return pass(convolve(none), bias); };
 #ifdef DLFAST_WITH_CUDA
-  if (path == Path::single) {
-    Tensor output = empty_output(p.pool, input, input.scalar_type());
-    Tensor code = empty_code(p.pool, input, save_code);
-    single_forward({p, dtype, context.products}, input, weight, bias, output, code);
-    return {output, code};
-  }
+    if (context.device != nullptr) {
+      const CudaConv c{p, dtype, context.products};
+      const auto single = [&] {
+        Tensor output = empty_output(p.pool, input, input.scalar_type());
+        Tensor code = empty_code(p.pool, input, save_code);
+        single_forward(c, input, weight, bias, output, code);
+        return std::make_tuple(output, code);
+      };
+      measure_forward(c, save_code, input, [&] { epilogue(); }, [&] { single(); });
+      if (plan_forward(p, context).path() == Path::single) return single();
+    }
 #endif
+    return epilogue();
+  }
+  const Path path = plan_forward(p, context).path();
   if (path != Path::pytorch) {
     if (auto result = own_forward(p, dtype, path, input, weight, bias, save_code)) return *result;
   }
-  // The CPU's convolution adds the bias for nothing; cuDNN's takes a pass of its own, which ours saves.
-  const bool bias_later = !input.is_cpu();
-  const std::optional<Tensor> none;
-  // Some of PyTorch's convolutions answer in another format than the one that backward will expect.
-  const Tensor z = at::conv2d(input, weight, bias_later ? none : bias, stride, padding, dilation, groups)
-                       .contiguous(format_of(p.pool));
-  if (input.is_cpu() && p.pool.pool == Pool::none && z.numel() > 0) {
+  const Tensor z = convolve(bias);
+  if (p.pool.pool == Pool::none && z.numel() > 0) {
     // Nobody else sees z, so that ReLU needs no second tensor.
     if (p.pool.activation == Activation::relu) {
       backend_of(z).forward(p.pool, dtype, z.const_data_ptr(), nullptr, z.data_ptr(), nullptr, nullptr);
     }
     return {z, empty_code(p.pool, z, save_code)};
   }
-  return relu_pool2d(z, bias_later ? bias : none, activation, pool, pool_size, pool_stride, pool_padding,
-                     ceil_mode, save_code);
+  return pass(z, none);
 }
 
 // What the sparse kernels read, see cpu_kernels.h; code is undefined without pooling.
@@ -395,10 +243,96 @@ bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGrad
                          grad_input.data_ptr(), nullptr, scratch.data_ptr<float>());
 }
 
-// A kernel of ours for the CPU.
-bool on_cpu(Path path) {
-  return path != Path::pytorch && path != Path::single;
+using Mask = std::array<bool, 3>;  // of grad_input, grad_weight, grad_bias
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// What a backward works on, checked.
+struct Backward {
+  const ConvBlockParams& p;
+  Dtype dtype;
+  const Tensor& grad_output;
+  const Tensor& input;
+  const Tensor& weight;
+  const Tensor& code;
+
+  Tensor expand() const { return expand_gradient(p.pool, dtype, grad_output, code); }
+  // PyTorch's gradients of the convolution.
+  Gradients dense(const Tensor& grad_z, Mask mask) const {
+    const ConvParams& c = p.conv;
+    return at::convolution_backward(grad_z, input, weight, IntArrayRef(&c.out_channels, 1), c.stride,
+                                    c.padding, c.dilation, /*transposed=*/false, /*output_padding=*/{0, 0},
+                                    c.groups, mask);
+  }
+  // Those that `mask` asks for still, in the dense way.
+  Gradients complete(Gradients found, Mask mask) const {
+    if (!mask[0] && !mask[1] && !mask[2]) return found;
+    const auto [dense_input, dense_weight, dense_bias] = dense(expand(), mask);
+    if (mask[0]) std::get<0>(found) = dense_input;
+    if (mask[1]) std::get<1>(found) = dense_weight;
+    if (mask[2]) std::get<2>(found) = dense_bias;
+    return found;
+  }
+};
+
+Gradients cpu_backward(const Backward& b, const PlanContext& context, Mask mask) {
+  const ConvBlockParams& p = b.p;
+  Tensor grad_input = nothing(b.input), grad_weight = nothing(b.input), grad_bias = nothing(b.input);
+  const Path weight_path = mask[1] ? plan_grad_weight(p, context).path() : Path::pytorch;
+  const Path input_path = mask[0] ? plan_grad_input(p, context).path() : Path::pytorch;
+  SparseGradient gradient;
+  if (weight_path != Path::pytorch || input_path != Path::pytorch) {
+    gradient = sparse_gradient(p.pool, b.dtype, b.grad_output, b.code);
+  }
+  if (weight_path != Path::pytorch) {
+    Tensor own_weight = at::empty(b.weight.sizes(), b.weight.options()).contiguous();
+    Tensor own_bias = at::empty({p.conv.out_channels}, b.weight.options());
+    if (own_grad_weight(p, b.dtype, weight_path, gradient, b.input, own_weight, own_bias)) {
+      grad_weight = own_weight;
+      if (mask[2]) grad_bias = own_bias;
+      mask[1] = mask[2] = false;
+    }
+  }
+  if (input_path != Path::pytorch) {
+    Tensor own_input = at::empty(b.input.sizes(), b.input.options().memory_format(format_of(p.pool)));
+    const bool done = input_path == Path::sparse
+                          ? own_grad_input(p, b.dtype, gradient, b.weight, own_input)
+                          : winograd_grad_input(p, b.dtype, gradient, b.weight, own_input);
+    if (done) {
+      grad_input = own_input;
+      mask[0] = false;
+    }
+  }
+  return b.complete({grad_input, grad_weight, grad_bias}, mask);
 }
+
+#ifdef DLFAST_WITH_CUDA
+Gradients cuda_backward(const Backward& b, const PlanContext& context, Mask mask) {
+  const CudaConv c{b.p, b.dtype, context.products};
+  const auto own_weight = [&] { return single_grad_weight(c, b.input, b.weight, b.grad_output, b.code); };
+  const auto own_input = [&] { return single_grad_input(c, b.input, b.weight, b.grad_output, b.code); };
+  if (mask[1]) {
+    Tensor grad_z;
+    measure_backward(c, b.input, mask[0],
+                     {.expand = [&] { grad_z = b.expand(); },
+                      .dense_input = [&] { b.dense(grad_z, {true, false, false}); },
+                      .dense_weight = [&] { b.dense(grad_z, {false, true, mask[2]}); },
+                      .own_input = [&] { own_input(); },
+                      .own_weight = [&] { own_weight(); }});
+  }
+  Tensor grad_input = nothing(b.input), grad_weight = nothing(b.input), grad_bias = nothing(b.input);
+  if (mask[1] && plan_grad_weight(b.p, context).path() == Path::single) {
+    const auto [own, own_bias] = own_weight();
+    grad_weight = own;
+    if (mask[2]) grad_bias = own_bias;
+    mask[1] = mask[2] = false;
+  }
+  if (mask[0] && plan_grad_input(b.p, context).path() == Path::single) {
+    grad_input = own_input();
+    mask[0] = false;
+  }
+  return b.complete({grad_input, grad_weight, grad_bias}, mask);
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& code,
@@ -417,54 +351,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
   const c10::OptionalDeviceGuard guard(input.device());
   const Tensor checked = check_code(op, p.pool, code, grad_output);
 
-  Tensor grad_input = nothing(input), grad_weight = nothing(input), grad_bias = nothing(input);
-  auto [needs_input, needs_weight, needs_bias] = output_mask;
+  const Backward b{p, dtype, grad_output, input, weight, checked};
   const PlanContext context = context_of(input, dtype, true);
-  const Path weight_path = needs_weight ? plan_grad_weight(p, context).path() : Path::pytorch;
-  const Path input_path = needs_input ? plan_grad_input(p, context).path() : Path::pytorch;
 #ifdef DLFAST_WITH_CUDA
-  const CudaConv c{p, dtype, context.products};
-  if (weight_path == Path::single) {
-    std::tie(grad_weight, grad_bias) = single_grad_weight(c, input, weight, grad_output, checked);
-    needs_weight = needs_bias = false;
-  }
-  if (input_path == Path::single) {
-    grad_input = single_grad_input(c, input, weight, grad_output, checked);
-    needs_input = false;
-  }
+  if (context.device != nullptr) return cuda_backward(b, context, output_mask);
 #endif
-  SparseGradient gradient;
-  if (on_cpu(weight_path) || on_cpu(input_path)) {
-    gradient = sparse_gradient(p.pool, dtype, grad_output, checked);
-  }
-  if (on_cpu(weight_path)) {
-    Tensor own_weight = at::empty(weight.sizes(), weight.options()).contiguous();
-    Tensor own_bias = at::empty({p.conv.out_channels}, weight.options());
-    if (own_grad_weight(p, dtype, weight_path, gradient, input, own_weight, own_bias)) {
-      grad_weight = own_weight;
-      if (needs_bias) grad_bias = own_bias;
-      needs_weight = needs_bias = false;
-    }
-  }
-  if (on_cpu(input_path)) {
-    Tensor own_input = at::empty(input.sizes(), input.options().memory_format(format_of(p.pool)));
-    const bool done = input_path == Path::sparse ? own_grad_input(p, dtype, gradient, weight, own_input)
-                                                 : winograd_grad_input(p, dtype, gradient, weight, own_input);
-    if (done) {
-      grad_input = own_input;
-      needs_input = false;
-    }
-  }
-  if (!needs_input && !needs_weight && !needs_bias) return {grad_input, grad_weight, grad_bias};
-
-  const Tensor grad_z = expand_gradient(p.pool, dtype, grad_output, checked);
-  const auto [dense_input, dense_weight, dense_bias] = at::convolution_backward(
-      grad_z, input, weight, at::IntArrayRef(&p.conv.out_channels, 1), stride, padding, dilation,
-      /*transposed=*/false, /*output_padding=*/{0, 0}, groups, {needs_input, needs_weight, needs_bias});
-  if (needs_input) grad_input = dense_input;
-  if (needs_weight) grad_weight = dense_weight;
-  if (needs_bias) grad_bias = dense_bias;
-  return {grad_input, grad_weight, grad_bias};
+  return cpu_backward(b, context, output_mask);
 }
 
 }  // namespace
@@ -474,9 +366,17 @@ BlockPlan plan_block(const Tensor& input, const Tensor& weight, const BlockArgs&
   constexpr const char* op = "plan_block";
   const Dtype dtype = check_dtype(op, "input", input);
   const ConvBlockParams p = check_block(op, input, weight, block, pooling);
+  const c10::OptionalDeviceGuard guard(input.device());
   const PlanContext context = context_of(input, dtype, save_code);
-  return {convolution_flops(p.conv), plan_forward(p, context), plan_grad_input(p, context),
-          plan_grad_weight(p, context)};
+  BlockPlan plan{.flops = convolution_flops(p.conv),
+                 .floor = 0,
+                 .forward = plan_forward(p, context),
+                 .grad_input = plan_grad_input(p, context),
+                 .grad_weight = plan_grad_weight(p, context)};
+#ifdef DLFAST_WITH_CUDA
+  if (context.device != nullptr) plan.floor = floor_seconds(p, context);
+#endif
+  return plan;
 }
 
 namespace {
@@ -484,9 +384,6 @@ namespace {
 void register_all(torch::Library& m) {
   m.impl("_conv_relu_pool2d", conv_relu_pool2d);
   m.impl("_conv_relu_pool2d_backward", conv_relu_pool2d_backward);
-  m.impl("_relu_pool2d", relu_pool2d);
-  m.impl("_relu_pool2d_backward", relu_pool2d_backward);
-  m.impl("_relu_pool2d_transpose", relu_pool2d_transpose);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ namespace dlfast {
 
 struct BlockPlan {
   double flops;  // of one convolution: forward, grad_input and grad_weight have as many each
+  double floor;  // on CUDA, the least seconds of a forward
   Choice forward, grad_input, grad_weight;
 };
 

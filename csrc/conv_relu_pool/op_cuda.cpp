@@ -1,5 +1,8 @@
 #include "conv_relu_pool/op_cuda.h"
 
+#include "conv_relu_pool/measure_cuda.h"
+#include "conv_relu_pool/plan.h"
+
 #ifdef DLFAST_WITH_CUDA
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
@@ -11,8 +14,10 @@
 #include <cuda_runtime_api.h>
 #include "common/launch_check.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <string_view>
 
@@ -34,7 +39,14 @@ const CudaDevice& current_cuda_device() {
     devices[index] = {.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
                               attribute(cudaDevAttrComputeCapabilityMinor),
                       .processors = attribute(cudaDevAttrMultiProcessorCount),
-                      .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+                      .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                      .clock = 1e3 * static_cast<double>(attribute(cudaDevAttrClockRate)),
+                      // Memory moves data on both edges of its clock.
+                      .bandwidth = 2e3 * static_cast<double>(attribute(cudaDevAttrMemoryClockRate)) *
+                                   static_cast<double>(attribute(cudaDevAttrGlobalMemoryBusWidth)) / 8};
+    // Some drivers keep them to themselves; the ways are still compared.
+    if (devices[index].clock <= 0) devices[index].clock = 1.5e9;
+    if (devices[index].bandwidth <= 0) devices[index].bandwidth = 1e12;
   });
   return devices[index];
 }
@@ -109,6 +121,60 @@ std::tuple<Tensor, Tensor> single_grad_weight(const CudaConv& c, const Tensor& i
                      grad_bias.data_ptr(), scratch.data_ptr<float>(), current_stream(input));
   });
   return {grad_weight, grad_bias};
+}
+
+namespace {
+
+// What the planner reads: seconds by Path.
+std::vector<double> by_path(double pytorch, double single) {
+  std::vector<double> seconds(static_cast<size_t>(Path::single) + 1, 0.0);
+  constexpr double kLeast = 1e-9;  // 0 stands for nothing known
+  seconds[static_cast<size_t>(Path::pytorch)] = std::max(pytorch, kLeast);
+  seconds[static_cast<size_t>(Path::single)] = std::max(single, kLeast);
+  return seconds;
+}
+
+}  // namespace
+
+void measure_forward(const CudaConv& c, bool save_code, const Tensor& input,
+                     const std::function<void()>& epilogue, const std::function<void()>& single) {
+  if (!may_measure(input) || plan_is_forced() || !conv_forward_work(c, current_cuda_device())) return;
+  const std::string key = measurement_key(measured_part(Part::forward), c, input.device().index(), save_code);
+  if (!remembered(key)) remember(key, by_path(seconds_of(epilogue), seconds_of(single)));
+}
+
+void measure_backward(const CudaConv& c, const Tensor& input, bool needs_input, const BackwardWays& ways) {
+  if (!may_measure(input) || plan_is_forced()) return;
+  const CudaDevice& device = current_cuda_device();
+  const bool fits_input = needs_input && conv_grad_input_work(c, device).has_value();
+  const bool fits_weight = conv_grad_weight_fits(c, device);
+  if (!fits_input && !fits_weight) return;
+  const auto key = [&](Part part) {
+    return measurement_key(measured_part(part), c, input.device().index(), true);
+  };
+  if (remembered(key(Part::grad_weight)) && (!needs_input || remembered(key(Part::grad_input)))) return;
+
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  const double expand = seconds_of(ways.expand);
+  const double dense_weight = seconds_of(ways.dense_weight);
+  const double own_weight = fits_weight ? seconds_of(ways.own_weight) : kNever;
+  const double dense_input = needs_input ? seconds_of(ways.dense_input) : 0.0;
+  const double own_input = fits_input ? seconds_of(ways.own_input) : kNever;
+  // Both dense gradients share one expansion, so that a way costs what it adds to the best of the other's.
+  const auto both = [&](double a, bool a_is_dense, double b, bool b_is_dense) {
+    return a + b + (a_is_dense || b_is_dense ? expand : 0.0);
+  };
+  const auto with_best = [&](double mine, bool dense, double other_dense, double other_own) {
+    return std::min(both(mine, dense, other_dense, true), both(mine, dense, other_own, false));
+  };
+  if (!needs_input) {
+    remember(key(Part::grad_weight), by_path(expand + dense_weight, own_weight));
+    return;
+  }
+  remember(key(Part::grad_weight), by_path(with_best(dense_weight, true, dense_input, own_input),
+                                           with_best(own_weight, false, dense_input, own_input)));
+  remember(key(Part::grad_input), by_path(with_best(dense_input, true, dense_weight, own_weight),
+                                          with_best(own_input, false, dense_weight, own_weight)));
 }
 
 }  // namespace dlfast

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+
 #include "conv_relu_pool/conv_cuda.h"
 
 namespace dlfast {
@@ -22,5 +24,15 @@ at::Tensor single_grad_input(const CudaConv& c, const at::Tensor& input, const a
 std::tuple<at::Tensor, at::Tensor> single_grad_weight(const CudaConv& c, const at::Tensor& input,
                                                       const at::Tensor& weight, const at::Tensor& grad_output,
                                                       const at::Tensor& code);
+
+// The ways of a backward, each of which computes and throws away. The dense ones follow `expand`.
+struct BackwardWays {
+  std::function<void()> expand, dense_input, dense_weight, own_input, own_weight;
+};
+
+// Where PyTorch is set to measure, measures what the planner then goes by; once per problem.
+void measure_forward(const CudaConv& c, bool save_code, const at::Tensor& input,
+                     const std::function<void()>& epilogue, const std::function<void()>& single);
+void measure_backward(const CudaConv& c, const at::Tensor& input, bool needs_input, const BackwardWays& ways);
 
 }  // namespace dlfast

@@ -195,9 +195,13 @@ struct Backward {
 
 }  // namespace
 
+bool plan_is_forced() {
+  return forced_plan() != "";
+}
+
 const char* path_name(Path path) {
-  constexpr const char* names[] = {"pytorch", "direct",  "winograd2", "winograd4",
-                                   "sparse",  "patches", "single"};
+  constexpr const char* names[] = {"eager",     "pytorch", "direct",  "winograd2",
+                                   "winograd4", "sparse",  "patches", "single"};
   return names[static_cast<int>(path)];
 }
 

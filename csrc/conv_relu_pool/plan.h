@@ -13,6 +13,7 @@
 namespace dlfast {
 
 enum class Path {
+  eager,      // PyTorch's kernels one by one, each keeping what its backward needs
   pytorch,    // forward: PyTorch's convolution, then one pass of ours over its output;
               // backward: one pass of ours expands the gradient, then PyTorch's convolution_backward
   direct,     // forward: our kernels, the convolution output is never written
@@ -27,8 +28,9 @@ const char* path_name(Path path);
 
 struct Candidate {
   Path path;
-  double flops;  // at the full speed of the machine that take as long as the arithmetic does
-  double bytes;  // read from and written to memory
+  double flops;        // at the full speed of the machine that take as long as the arithmetic does
+  double bytes;        // read from and written to memory
+  double seconds = 0;  // on CUDA, in place of flops
 };
 
 // Candidates of one part of a block, with PyTorch's first; `best` is the one to take.
@@ -57,7 +59,14 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context);  
 Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context);
 #ifdef DLFAST_WITH_CUDA
 Choice plan_cuda(const ConvBlockParams& p, const PlanContext& context, Part part, std::string_view forced);
+// What `part` is called in the keys of measure_cuda.h; seconds there are by Path.
+const char* measured_part(Part part);
+// The least seconds that a forward takes on the device of `context`.
+double floor_seconds(const ConvBlockParams& p, const PlanContext& context);
 #endif
+
+// Whether DLFAST_PLAN takes the choice away.
+bool plan_is_forced();
 
 // Multiplications and additions of the convolution itself, each one, as they are usually counted.
 double convolution_flops(const ConvParams& conv);

@@ -1,34 +1,230 @@
+// The planner for CUDA. No GPU has confirmed its constants: they follow NVIDIA's documentation, and what is
+// between ways here is bytes and waves. torch.backends.cudnn.benchmark replaces them by measurements.
 #include "conv_relu_pool/plan.h"
 
 #ifdef DLFAST_WITH_CUDA
+#include <c10/cuda/CUDAFunctions.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "conv_relu_pool/measure_cuda.h"
 
 namespace dlfast {
 namespace {
 
-Choice choose(const CudaConv& c, const PlanContext& context, std::string_view forced,
-              bool (*fits)(const CudaConv&, const CudaDevice&)) {
-  Choice choice{};
-  choice.candidates[choice.count++] = {Path::pytorch, 0, 0};
-  if (c.p.pool.channels_last && fits(c, *context.device)) {
-    choice.candidates[choice.count++] = {Path::single, 0, 0};
-    if (forced == "single") choice.best = 1;
+// Multiply-adds of one processor in one clock.
+struct Rates {
+  int64_t arch;
+  double tensor;      // of 16-bit types, by cuDNN's kernels; half of it for TF32
+  double tensor_own;  // by mma.sync, which on sm_90 and sm_100 does not reach all of the tensor cores
+  double fma;
+};
+
+constexpr Rates kRates[] = {{75, 512, 0, 64},    {80, 1024, 1024, 64},  {86, 512, 512, 128},
+                            {89, 512, 512, 128}, {90, 2048, 1280, 128}, {100, 4096, 1024, 128},
+                            {120, 512, 512, 128}};
+
+constexpr double kConvolutionPart = 0.65;  // of those rates that cuDNN's convolutions reach
+constexpr double kOwnPart = 0.5;           // and ours
+constexpr double kBandwidthPart = 0.85;
+constexpr double kLaunchSeconds = 4e-6;
+constexpr double kLeastChannels = 8;  // cuDNN fills input channels up to these
+constexpr double kBlocksPerProcessor = 2;
+constexpr double kIndexBytes = 8;       // PyTorch's max pooling keeps int64 indices
+constexpr double kClearlyFaster = 0.9;  // predictions closer than this leave the choice with cuDNN
+
+const Rates& rates_of(const CudaDevice& device) {
+  const Rates* best = &kRates[0];
+  for (const Rates& r : kRates) {
+    if (r.arch <= device.arch) best = &r;
   }
-  return choice;
+  return *best;
+}
+
+// The sizes and speeds that the costs of one problem are made of.
+struct Problem {
+  const CudaConv& c;
+  const CudaDevice& device;
+  bool save_code;
+  double input, weight, z, y, code, index;  // bytes
+  double macs;
+
+  Problem(const CudaConv& conv, const CudaDevice& on, bool saves) : c(conv), device(on), save_code(saves) {
+    const double element = c.dtype == Dtype::float64 ? 8 : c.dtype == Dtype::float32 ? 4 : 2;
+    const ConvParams& p = c.p.conv;
+    input = static_cast<double>(p.batch) * p.in_channels * p.input_size[0] * p.input_size[1] * element;
+    weight = static_cast<double>(p.out_channels) * p.group_in() * p.positions() * element;
+    z = static_cast<double>(c.p.pool.input_numel()) * element;
+    y = static_cast<double>(c.p.pool.output_numel()) * element;
+    const bool pooled = c.p.pool.pool == Pool::max;
+    code = pooled && save_code ? static_cast<double>(c.p.pool.output_numel()) : 0;
+    index = pooled ? static_cast<double>(c.p.pool.output_numel()) * kIndexBytes : 0;
+    macs = convolution_flops(p) / 2;
+  }
+
+  bool relu() const { return c.p.pool.activation == Activation::relu; }
+  bool pools() const { return c.p.pool.pool != Pool::none; }
+  double bandwidth() const { return device.bandwidth * kBandwidthPart; }
+
+  double macs_per_second(double part, double Rates::* tensor) const {
+    const Rates& r = rates_of(device);
+    double rate = r.fma;
+    if (c.products == Products::tensor_core) {
+      rate = r.*tensor * (c.dtype == Dtype::float32 ? 0.5 : 1.0);
+    } else if (c.dtype == Dtype::float64) {
+      rate = r.fma / 2;
+    } else if (c.dtype != Dtype::float32) {
+      rate = std::max(r.fma, r.*tensor);  // what we have no kernel for, cuDNN may have
+    }
+    return rate * part * device.clock * static_cast<double>(device.processors);
+  }
+
+  double pass(double bytes) const { return bytes / bandwidth() + kLaunchSeconds; }
+
+  // One of PyTorch's convolutions, forward or either gradient.
+  double convolution(double bytes) const {
+    const double in = static_cast<double>(c.p.conv.group_in());
+    const double filled = macs * std::max(1.0, kLeastChannels / in);
+    const double compute = filled / macs_per_second(kConvolutionPart, &Rates::tensor);
+    return std::max(compute, bytes / bandwidth()) + kLaunchSeconds;
+  }
+
+  // One of our kernels: blocks run in waves, and the last one may be mostly empty.
+  double single(const ConvWork& work, double bytes) const {
+    const double at_once = kBlocksPerProcessor * static_cast<double>(device.processors);
+    const double waves = std::ceil(static_cast<double>(work.blocks) / at_once);
+    const double compute = waves * at_once * work.macs / macs_per_second(kOwnPart, &Rates::tensor_own);
+    return std::max(compute, bytes / bandwidth()) + kLaunchSeconds;
+  }
+};
+
+class Ways {
+ public:
+  void add(Path path, double bytes, double seconds) {
+    Candidate& c = choice_.candidates[choice_.count++];
+    c = {.path = path, .flops = 0, .bytes = bytes, .seconds = seconds};
+  }
+
+  // Measured seconds of each candidate in place of the predicted ones, as far as there are any.
+  void measured(const std::optional<std::vector<double>>& seconds) {
+    if (!seconds) return;
+    measured_ = true;
+    for (int i = 0; i < choice_.count; ++i) {
+      const size_t path = static_cast<size_t>(choice_.candidates[i].path);
+      if (path < seconds->size() && (*seconds)[path] > 0) choice_.candidates[i].seconds = (*seconds)[path];
+    }
+  }
+
+  // Among the ways of the operator: PyTorch's kernels one by one are for its caller to run.
+  Choice choose(std::string_view forced) {
+    const int pytorch = find(Path::pytorch), single = find(Path::single);
+    choice_.best = pytorch;
+    if (single >= 0 && forced != "epilogue") {
+      const double least = measured_ ? 1.0 : kClearlyFaster;
+      const double limit = choice_.candidates[pytorch].seconds * least;
+      if (forced == "single" || choice_.candidates[single].seconds < limit) choice_.best = single;
+    }
+    return choice_;
+  }
+
+ private:
+  int find(Path path) const {
+    for (int i = 0; i < choice_.count; ++i) {
+      if (choice_.candidates[i].path == path) return i;
+    }
+    return -1;
+  }
+  Choice choice_{};
+  bool measured_ = false;
+};
+
+void add_forward(const Problem& q, Ways& ways) {
+  const double in = q.input + q.weight;
+  const double passes = q.pools() + q.relu() + 1.0;  // and the bias
+  const double eager_bytes =
+      in + q.z + 2 * q.z * (passes - (q.pools() ? 1 : 0)) + (q.pools() ? q.z + q.y + q.index : 0);
+  ways.add(Path::eager, eager_bytes,
+           q.convolution(in + q.z) + (eager_bytes - in - q.z) / q.bandwidth() + passes * kLaunchSeconds);
+  ways.add(Path::pytorch, in + 2 * q.z + q.y + q.code, q.convolution(in + q.z) + q.pass(q.z + q.y + q.code));
+  if (const auto work = conv_forward_work(q.c, q.device)) {
+    const double bytes = in + q.y + q.code;
+    ways.add(Path::single, bytes, q.single(*work, bytes));
+  }
+}
+
+// What pooling and ReLU cost before the gradients of the convolution can be had; half for each of them.
+struct Expanding {
+  double eager_bytes, eager, own_bytes, own;
+
+  explicit Expanding(const Problem& q) {
+    const double pool = q.pools() ? 2 * q.z + q.y + q.index : 0, relu = q.relu() ? 3 * q.z : 0;
+    eager_bytes = (pool + relu) / 2;
+    eager = eager_bytes / q.bandwidth() + (2 * q.pools() + q.relu()) * kLaunchSeconds / 2;
+    const double expanded = q.pools() ? q.y + q.code + q.z : q.relu() ? 3 * q.z : 0;
+    own_bytes = expanded / 2;
+    own = expanded == 0 ? 0 : q.pass(expanded) / 2;
+  }
+};
+
+double gradient_bytes(const Problem& q) {
+  return q.pools() ? q.y + q.code : q.relu() ? 2 * q.y : q.y;
+}
+
+void add_grad_input(const Problem& q, Ways& ways) {
+  const Expanding expanding(q);
+  const double dense = q.z + q.weight + q.input, own = gradient_bytes(q) + q.weight + q.input;
+  ways.add(Path::eager, dense + expanding.eager_bytes, q.convolution(dense) + expanding.eager);
+  ways.add(Path::pytorch, dense + expanding.own_bytes, q.convolution(dense) + expanding.own);
+  if (const auto work = conv_grad_input_work(q.c, q.device))
+    ways.add(Path::single, own, q.single(*work, own));
+}
+
+void add_grad_weight(const Problem& q, Ways& ways) {
+  const Expanding expanding(q);
+  const double dense = 2 * q.z + q.weight + q.input;  // twice: for grad_bias too
+  const double own = gradient_bytes(q) + q.weight + q.input;
+  ways.add(Path::eager, dense + expanding.eager_bytes, q.convolution(dense) + expanding.eager);
+  ways.add(Path::pytorch, dense + expanding.own_bytes, q.convolution(dense) + expanding.own);
+  if (conv_grad_weight_fits(q.c, q.device)) {
+    const auto processors = static_cast<double>(q.device.processors) * kBlocksPerProcessor;
+    const ConvWork even{.blocks = static_cast<int64_t>(processors), .macs = q.macs / processors};
+    ways.add(Path::single, own, q.single(even, own) + kLaunchSeconds);  // and the sum of its parts
+  }
 }
 
 }  // namespace
 
+const char* measured_part(Part part) {
+  constexpr const char* names[] = {"forward", "grad_input", "grad_weight"};
+  return names[static_cast<int>(part)];
+}
+
 Choice plan_cuda(const ConvBlockParams& p, const PlanContext& context, Part part, std::string_view forced) {
   const CudaConv c{.p = p, .dtype = context.dtype, .products = context.products};
+  const Problem problem(c, *context.device, context.save_code || part != Part::forward);
+  Ways ways;
   switch (part) {
     case Part::forward:
-      return choose(c, context, forced, conv_forward_fits);
+      add_forward(problem, ways);
+      break;
     case Part::grad_input:
-      return choose(c, context, forced, conv_grad_input_fits);
+      add_grad_input(problem, ways);
+      break;
     case Part::grad_weight:
-      return choose(c, context, forced, conv_grad_weight_fits);
+      add_grad_weight(problem, ways);
+      break;
   }
-  return {};
+  ways.measured(
+      remembered(measurement_key(measured_part(part), c, c10::cuda::current_device(), problem.save_code)));
+  return ways.choose(forced);
+}
+
+double floor_seconds(const ConvBlockParams& p, const PlanContext& context) {
+  const CudaConv c{.p = p, .dtype = context.dtype, .products = context.products};
+  const Problem q(c, *context.device, context.save_code);
+  const double bytes = q.input + q.weight + q.y + q.code;
+  return std::max(q.macs / q.macs_per_second(1.0, &Rates::tensor), bytes / context.device->bandwidth);
 }
 
 }  // namespace dlfast

@@ -1,0 +1,118 @@
+"""The planner on CUDA: what it predicts, what it measures, what it is made to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_conv_cuda import on_cuda
+
+import dlfast
+from dlfast._native import native
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("DLFAST_PLAN", raising=False)
+    native.module.forget_measurements()
+    yield
+    native.module.forget_measurements()
+
+
+def block(channels: int, dtype: torch.dtype = torch.float16) -> dlfast.nn.ConvReLUPool2d:
+    module = dlfast.nn.ConvReLUPool2d(channels, 64, 3, padding=1, device="cuda", dtype=dtype)
+    return module.to(memory_format=torch.channels_last)
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return on_cuda(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+def test_first_layers_take_one_kernel():
+    """They are bound by what they write, which is a quarter then, without what eager keeps."""
+    plan = dlfast.explain(block(3), tensor(64, 3, 224, 224))
+    assert plan.forward == "single"
+    assert [c.path for c in plan.parts[0].candidates] == ["eager", "pytorch", "single"]
+    eager, epilogue, single = plan.parts[0].candidates
+    assert single.bytes < epilogue.bytes / 2 < eager.bytes / 4
+    assert plan.floor < single.seconds < epilogue.seconds < eager.seconds
+    # Input, weight, output and one byte for each of its elements.
+    assert single.bytes == 2 * 64 * 3 * 224**2 + 2 * 64 * 27 + 3 * 64 * 64 * 112**2
+    assert "single" in str(plan)
+
+
+def test_what_has_no_single_kernel_says_so():
+    contiguous = torch.randn(2, 16, 16, 16, device="cuda", dtype=torch.float64)
+    plan = dlfast.explain(block(16, torch.float64).to(memory_format=torch.contiguous_format), contiguous)
+    assert plan.forward == plan.grad_weight == "pytorch"
+    assert "do not take" in plan.reason
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_benchmark_measures_once_and_takes_the_fastest(training, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    module, x = block(16).requires_grad_(training), tensor(2, 16, 16, 16)
+    predicted = dlfast.explain(module, x)
+    with torch.set_grad_enabled(training):
+        first, second = module(x), module(x)
+        assert torch.equal(first, second)
+        measured = dlfast.explain(module, x)
+    wanted = dlfast.reference.conv_relu_pool2d(x.cpu().float(), module.weight.cpu().float(), module.bias.cpu().float(),
+                                               padding=1)  # fmt: skip
+    torch.testing.assert_close(first.cpu().float(), wanted, rtol=1e-2, atol=1e-2)
+    _, epilogue, single = measured.parts[0].candidates
+    assert {epilogue.seconds, single.seconds}.isdisjoint(c.seconds for c in predicted.parts[0].candidates)
+    assert measured.parts[0].chosen.seconds == min(epilogue.seconds, single.seconds)
+    if training:
+        first.float().sum().backward()
+        assert module.weight.grad.isfinite().all()
+
+
+def test_gradients_are_the_same_with_benchmark(monkeypatch):
+    grads = []
+    for benchmark in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        torch.manual_seed(0)
+        module, x = block(16), tensor(2, 16, 16, 16).requires_grad_()
+        module(x).float().square().sum().backward()
+        grads.append([x.grad, module.weight.grad, module.bias.grad])
+    for plain, measured in zip(*grads, strict=True):
+        scale = plain.abs().max().item()
+        torch.testing.assert_close(plain, measured, rtol=0, atol=1e-2 * scale)
+
+
+def test_a_forced_plan_is_not_measured(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    module, x = block(16), tensor(2, 16, 16, 16)
+    before = dlfast.explain(module, x).parts[0].candidates
+    monkeypatch.setenv("DLFAST_PLAN", "single")
+    module(x)
+    assert dlfast.explain(module, x).parts[0].candidates == before
+
+
+@pytest.mark.gpu_only
+def test_never_slower_than_eager(monkeypatch):
+    """With cudnn.benchmark a block that PyTorch runs faster is PyTorch's own."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    for channels, size in [(3, 224), (64, 56), (256, 14)]:
+        module, x = block(channels), tensor(32, channels, size, size)
+
+        def eager(x: torch.Tensor, module=module) -> torch.Tensor:
+            return torch.nn.functional.max_pool2d(torch.nn.functional.conv2d(x, module.weight, module.bias,
+                                                                             padding=1).relu(), 2)  # fmt: skip
+
+        times = {"ours": [], "eager": []}
+        for _ in range(20):
+            for name, function in (("ours", module), ("eager", eager)):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                function(x).float().sum().backward()
+                end.record()
+                end.synchronize()
+                times[name].append(begin.elapsed_time(end))
+        assert min(times["ours"]) <= 1.05 * min(times["eager"])

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+USUAL_TOOLKIT = Path("/usr/local/cuda")
 NVCC_FLAGS = ["-O3", "-lineinfo", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]
 # The newest architecture also gets PTX, so that later GPUs can run the binary.
 DEFAULT_ARCHS = {
@@ -39,9 +40,8 @@ def toolkit_of_nvcc() -> Path | None:
 
 def find_toolkit() -> Path | None:
     """On PATH, in the usual place, or from the wheels of the extra cuda-build."""
-    usual = Path("/usr/local/cuda")
-    from_wheels = next((folder for folder in wheel_folders() if (folder / "bin" / "nvcc").exists()), None)
-    return toolkit_of_nvcc() or (usual if (usual / "bin" / "nvcc").exists() else from_wheels)
+    elsewhere = [USUAL_TOOLKIT, *wheel_folders()]
+    return toolkit_of_nvcc() or next((folder for folder in elsewhere if (folder / "bin" / "nvcc").exists()), None)
 
 
 def choose_toolkit() -> None:

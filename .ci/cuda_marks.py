@@ -12,7 +12,7 @@ instructions of all. The items:
 
     registers N    at most N registers a thread
     static N       at most N bytes of static shared memory (0 if no mark says so)
-    dynamic N      at most N bytes of dynamic shared memory at launch (0 if no mark says so)
+    dynamic N      the table reckons with N bytes of dynamic shared memory, which only the launch decides (else 0)
     holds A B      each of these instructions is there; A.128 asks for the modifier as well, A|B for either
     loop A B       and all of these in one loop
 """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ from test_block_in_pytorch import needs_native
 
 import dlfast
 from dlfast import cli
-from dlfast.bench import accuracy, layers, problems, protocol
-from dlfast.measure import peak_bytes
+from dlfast.bench import accuracy, gpu, layers, problems, protocol, traffic
+from dlfast.measure import alternate, peak_bytes
 
 
 @needs_native
@@ -35,7 +38,13 @@ def test_network_table_json_and_figure(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["vgg"], "vgg"), (["--rounds", "1"], "--rounds"), (["--threads", "0"], "--threads")],
+    [
+        (["vgg"], "vgg"),
+        (["--rounds", "1"], "--rounds"),
+        (["--threads", "0"], "--threads"),
+        (["gpu", "--device", "cpu"], "bench gpu needs a CUDA device"),
+        (["accuracy", "lenet"], "bench accuracy measures no time"),
+    ],
 )
 def test_errors_of_use(arguments, named, capsys):
     try:
@@ -114,3 +123,56 @@ def test_accuracy_is_within_what_is_promised(tmp_path):
     assert cli.main(["bench", "accuracy", "--out", str(tmp_path)]) == 0
     ways = {error["way"] for error in json.loads((tmp_path / "accuracy.json").read_text())["errors"]}
     assert ways == {"PyTorch", *accuracy.WAYS}
+
+
+def test_several_calls_are_timed_as_one():
+    calls = []
+    seconds = alternate([lambda: calls.append(0)], rounds=4, warmup=1, calls=10)
+    assert len(calls) == 50
+    assert len(seconds[0]) == 4
+
+
+def test_blocks_of_the_gpu_benchmark(monkeypatch):
+    """All but the device: every plan and PyTorch, the plan of the environment being as it was in between."""
+    seen = []
+    monkeypatch.setenv("DLFAST_PLAN", "epilogue")
+    layer = traffic.Layer("net", "conv", 2, 3, 8, 12)
+    problem = gpu.block_problem(layer, torch.float32, "cpu", compile=False)
+    assert problem.variants_by_name() == ["dlfast", "dlfast epilogue", "dlfast single", "PyTorch"]
+    assert [variant.ours for variant in problem.variants] == [True, True, True, False]
+    assert problem.moved == {"forward": traffic.compulsory(layer, 4)}
+    original = dlfast.nn.ConvReLUPool2d.forward
+    monkeypatch.setattr(
+        dlfast.nn.ConvReLUPool2d, "forward",
+        lambda self, x: seen.append(gpu.os.environ.get("DLFAST_PLAN")) or original(self, x),
+    )  # fmt: skip
+    for variant in problem.variants:
+        for call in variant.calls.values():
+            call()
+    assert seen == [None, None, "epilogue", "epilogue", "single", "single"]
+    assert gpu.os.environ["DLFAST_PLAN"] == "epilogue"
+
+
+def test_apex_is_compared_only_where_it_is(monkeypatch):
+    assert list(gpu.apex_problems("lenet", "cpu")) == []
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["apex.optimizers"].FusedSGD = torch.optim.SGD
+    sys.modules["apex.optimizers"].FusedAdam = torch.optim.AdamW
+    found = list(gpu.apex_problems("lenet", "cpu"))
+    assert [problem.name for problem in found] == ["SGD beside Apex, lenet", "AdamW beside Apex, lenet"]
+    for problem in found:
+        assert problem.variants_by_name() == ["dlfast", "PyTorch fused", "Apex fused"]
+        for variant in problem.variants:
+            variant.calls["plain step"]()
+
+
+@needs_native
+def test_no_problem_begins_after_the_time_is_up(tmp_path):
+    arguments = ["bench", "lenet", "mnistnet", "--rounds", "2", "--no-compile", "--batch-size", "1", "--device", "cpu"]
+    assert cli.main([*arguments, "--at-most", "0", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "lenet-mnistnet.json").read_text())
+    assert {row["problem"] for row in report["rows"]} == {"lenet, batch 1"}
+    assert any("what comes after lenet, batch 1 was not measured" in note for note in report["notes"])

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kColumns = 4;  // fragments of 8 channels that a block computes
 
-// inspect: registers 96, holds STG.128
+// inspect: registers 96, dynamic 31744, holds STG.128
 // inspect for Window<3, 3: registers 168
 // inspect for WideSink<float>: holds LDG.128
 template <typename Body>

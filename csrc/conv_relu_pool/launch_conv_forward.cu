@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kBlocksPerSm = 2;
 
-// inspect: registers 128, holds STG.128
-// inspect from sm_80: loop HMMA LDSM
+// inspect: registers 128, dynamic 49152
+// inspect from sm_80: holds STG.128, loop HMMA LDSM
 // inspect from sm_80 for ConvChannels: loop LDGSTS.128
 template <typename Body>
 __global__ void __launch_bounds__(kConvThreads, kBlocksPerSm)

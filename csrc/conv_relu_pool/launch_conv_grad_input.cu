@@ -10,9 +10,9 @@ namespace {
 constexpr int kBlocksPerSm = 2;
 constexpr int kWide = 8, kNarrow = 4;  // fragments of 8 channels that a block computes
 
-// inspect: registers 128, holds STG.128
-// inspect for Masked|Pooled: holds LDG.128
-// inspect from sm_80: loop HMMA LDSM LDGSTS.128
+// inspect: registers 128, dynamic 49152
+// inspect from sm_80: holds STG.128, loop HMMA LDSM LDGSTS.128
+// inspect from sm_80 for Masked|Pooled: holds LDG.128
 template <typename Body>
 __global__ void __launch_bounds__(kConvThreads, kBlocksPerSm)
     conv_grad_input_kernel(const __grid_constant__ Body body) {

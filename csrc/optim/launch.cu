@@ -21,8 +21,7 @@ constexpr int kTableTensors = 28;
 constexpr int kTableGroups = 8;
 using Arguments = ArgumentTable<kTableTensors, kTableGroups>;
 
-// inspect: registers 64, static 256, holds LDG.128|LD.128 STG.128|ST.128
-// inspect for double: registers 72
+// inspect: registers 80, static 256, holds LDG.128|LD.128 STG.128|ST.128
 template <typename Rule, typename T, typename Table>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars scalars) {

@@ -63,7 +63,7 @@ def gpu_problems(compile: bool) -> Iterator[Problem]:
         for problem in optim.problems([f"optim-{parameters}"], "cuda"):
             problem.calls = CALLS
             yield problem
-        yield from apex_problems(parameters)
+        yield from apex_problems(parameters, "cuda")
 
 
 def block_problem(layer: traffic.Layer, dtype: torch.dtype, device: str, compile: bool) -> Problem:
@@ -110,13 +110,13 @@ def _add(
     problems.add(problem, Variant(label, label.startswith("dlfast"), calls))
 
 
-def apex_problems(name: str) -> Iterator[Problem]:
+def apex_problems(name: str, device: str) -> Iterator[Problem]:
     """The plain steps of dlfast, torch and Apex over one list of parameters, where Apex has its CUDA extensions."""
     if importlib.util.find_spec("apex") is None or importlib.util.find_spec("amp_C") is None:
         return
     apex: Any = importlib.import_module("apex.optimizers")
     for algorithm, options in (("SGD", {"lr": 1e-3, "momentum": 0.9}), ("AdamW", {"lr": 1e-3})):
-        parameters = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in optim.shapes_of(name)]
+        parameters = [nn.Parameter(torch.randn(shape, device=device)) for shape in optim.shapes_of(name)]
         for p in parameters:
             p.grad = torch.randn_like(p)
         fused_by_apex = apex.FusedSGD if algorithm == "SGD" else apex.FusedAdam  # whose default is AdamW's decay

@@ -1,0 +1,337 @@
+// How conv_grad_weight() fills shared memory: the expanded gradient and the input patch of a tile, and which
+// pixels exist. No Torch, no launch.
+//
+// Every loader has two halves: fetch() starts reading the next tile, into registers or by asynchronous
+// copies, before a tile is multiplied, and stash() writes to shared memory what is in registers, after.
+#pragma once
+
+#include <cstring>
+
+#include "common/pack.h"
+#include "common/tensor_core.h"
+#include "conv_relu_pool/kernel_conv_grad_weight_tile.cuh"
+
+namespace dlfast::grad_weight {
+
+// 16 bytes from global to shared memory: asynchronous where the device can, finished after copies_done().
+DLFAST_DEVICE void copy_16(void* to, const void* from, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  copy_async_16(shared_address(to), from, valid);
+#else
+  *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+DLFAST_DEVICE void copies_done() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  copy_commit();
+  copy_wait<0>();
+#endif
+}
+
+// Up to kPackSize<T> neighbours, of which `count` exist, and zeros. In one access where that is allowed.
+template <typename T>
+DLFAST_DEVICE Pack<T, kPackSize<T>> load_some(const T* from, int32_t count, bool in_pack) {
+  constexpr int N = kPackSize<T>;
+  Pack<T, N> pack;
+  if (in_pack && count > 0) return load_pack<N>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.at[i] = i < count ? from[i] : narrow<T>(0.0f);
+  return pack;
+}
+
+// ---- Codes, four in a word ----------------------------------------------------------------------------
+
+// Bit 7 of every byte says that this code is another than `position`.
+DLFAST_DEVICE uint32_t differing(uint32_t codes, uint32_t position) {
+  const uint32_t x = codes ^ (position * 0x01010101u);
+  return ((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x;
+}
+
+// Ones in all bits of the numbers of word `w` of a pack whose code has bit 7 set.
+template <typename T>
+DLFAST_DEVICE uint32_t spread_signs(const uint32_t (&signs)[2], int w) {
+  // Selectors with bit 3 set repeat the sign of a byte.
+  const uint32_t from = sizeof(T) == 2 ? signs[w / 2] : signs[0];
+  const uint32_t selector =
+      sizeof(T) == 2 ? (w % 2 == 0 ? 0x9988u : 0xbbaau) : 0x8888u + 0x1111u * static_cast<uint32_t>(w);
+  uint32_t result;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(from), "r"(selector));
+  return result;
+}
+
+// ---- The gradient -------------------------------------------------------------------------------------
+
+// A window's gradients for a pack of outputs, and its codes or y.
+template <typename T>
+struct Window {
+  static constexpr int N = kPackSize<T>;
+  uint32_t grad[4];
+  uint32_t code[4];  // N bytes; or y
+};
+
+// A thread expands windows of one pack of outputs, the same in all tiles: window `first`, first + step, ...
+template <typename T>
+class GradientLoader {
+  static constexpr int N = kPackSize<T>;
+  // Windows whose loads are under way while another tile is multiplied: all those of 2x2 pooling.
+  static constexpr int kAhead = sizeof(T) == 2 ? 1 : 2;
+
+ public:
+  DLFAST_DEVICE GradientLoader(const Params& p, const T* grad_y, const void* code, int32_t first_output,
+                               int32_t thread)
+      : grad_y_(grad_y), code_(code) {
+    const int32_t packs = p.block_outputs / N;
+    pack_ = thread % packs;
+    first_ = thread / packs;
+    step_ = kThreads / packs;
+    output_ = first_output + pack_ * N;
+  }
+
+  DLFAST_DEVICE void fetch(const Params& p, const Place& place) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead_[i] = load(p, place, first_ + i * step_);
+  }
+
+  // bias: sums of this thread's outputs, kThreads apart; or null.
+  DLFAST_DEVICE void stash(const Params& p, const Place& place, unsigned char* gradient, float* bias) const {
+    const int32_t windows = p.images * p.windows[0] * p.windows[1];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) expand(p, ahead_[i], first_ + i * step_, windows, gradient, bias);
+#pragma unroll 1
+    for (int32_t w = first_ + kAhead * step_; w < windows; w += step_) {
+      expand(p, load(p, place, w), w, windows, gradient, bias);
+    }
+  }
+
+ private:
+  struct Where {
+    int32_t image, row, column;  // of a window in the tile
+  };
+  DLFAST_DEVICE static Where where(const Params& p, int32_t window) {
+    const auto column = p.by_windows[1].divide(static_cast<uint32_t>(window));
+    const auto row = p.by_windows[0].divide(column.quotient);
+    return {static_cast<int32_t>(row.quotient), static_cast<int32_t>(row.remainder),
+            static_cast<int32_t>(column.remainder)};
+  }
+
+  // Zeros where a window does not exist.
+  DLFAST_DEVICE Window<T> load(const Params& p, const Place& place, int32_t window) const {
+    const Where at = where(p, window);
+    const int32_t image = place.image + at.image;
+    const int32_t row = place.window_row + at.row;
+    const int32_t column = place.window_column + at.column;
+    const bool exists = at.image < p.images && image < p.batch && row < p.pooled[0] && column < p.pooled[1];
+    const int32_t count = exists ? p.outputs - output_ : 0;
+    const int64_t offset =
+        ((int64_t{image} * p.pooled[0] + row) * p.pooled[1] + column) * p.outputs + output_;
+    Window<T> result;
+    const auto grad = load_some(grad_y_ + offset, count, p.packs_of_outputs);
+    memcpy(result.grad, &grad, sizeof(grad));
+    if (p.passing == Passing::positive) {
+      const auto y = load_some(static_cast<const T*>(code_) + offset, count, p.packs_of_outputs);
+      memcpy(result.code, &y, sizeof(y));
+    } else if (p.passing == Passing::winners) {
+      const uint8_t* from = static_cast<const uint8_t*>(code_) + offset;
+      Pack<uint8_t, N> codes;
+      if (p.packs_of_outputs && count > 0) {
+        codes = load_pack<N>(from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) codes.at[i] = i < count ? from[i] : kNoWinner<uint8_t>;
+      }
+      memcpy(result.code, &codes, sizeof(codes));
+    }
+    return result;
+  }
+
+  // Where `passes` has a zero bit, and adds to the sums of grad_bias.
+  DLFAST_DEVICE static void add_to_bias(const uint32_t (&words)[4], float* bias) {
+    if (bias == nullptr) return;
+    Pack<T, N> pack;
+    memcpy(&pack, words, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < N; ++i) bias[i * kThreads] += widen(pack.at[i]);
+  }
+
+  // Every pixel of the window, in shared memory: its gradient where it won, else zero.
+  DLFAST_DEVICE void expand(const Params& p, const Window<T>& w, int32_t window, int32_t windows,
+                            unsigned char* gradient, float* bias) const {
+    if (window >= windows) return;
+    const Where at = where(p, window);
+    unsigned char* to = gradient + pack_ * 16 +
+                        ((at.image * p.tile[0] + at.row * p.window_stride[0]) * p.tile[1] +
+                         at.column * p.window_stride[1]) *
+                            p.gradient_pitch;
+    uint32_t words[4];
+    if (p.passing == Passing::winners) {
+      const uint32_t codes[2] = {w.code[0], w.code[1]};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = w.grad[i] & ~spread_signs<T>(codes, i);
+      add_to_bias(words, bias);
+#pragma unroll 1
+      for (int32_t dy = 0; dy < p.window_stride[0]; ++dy) {
+#pragma unroll 1
+        for (int32_t dx = 0; dx < p.window_stride[1]; ++dx) {
+          const bool inside = dy < p.window[0] && dx < p.window[1];
+          // No code says 127: windows have fewer positions.
+          const auto position = static_cast<uint32_t>(inside ? dy * p.window[1] + dx : 127);
+          const uint32_t other[2] = {differing(codes[0], position), differing(codes[1], position)};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) words[i] = w.grad[i] & ~spread_signs<T>(other, i);
+          *reinterpret_cast<uint4*>(to + (dy * p.tile[1] + dx) * p.gradient_pitch) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      }
+      return;
+    }
+    memcpy(words, w.grad, sizeof(words));
+    if (p.passing == Passing::positive) {
+      Pack<T, N> grad, y;
+      memcpy(&grad, w.grad, sizeof(grad));
+      memcpy(&y, w.code, sizeof(y));
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (widen(y.at[i]) <= 0.0f) grad.at[i] = narrow<T>(0.0f);
+      }
+      memcpy(words, &grad, sizeof(words));
+    }
+    add_to_bias(words, bias);
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+
+  const T* grad_y_;
+  const void* code_;
+  int32_t pack_, first_, step_, output_;
+  Window<T> ahead_[kAhead];
+};
+
+// ---- The patch ----------------------------------------------------------------------------------------
+
+// A position of the patch on the input.
+struct InputSite {
+  int64_t offset;  // of its first channel
+  bool exists;     // or is padding, or an image too many
+
+  DLFAST_DEVICE InputSite(const Params& p, const Place& place, PositionEntry entry) {
+    const int32_t image = place.image + (entry.slot >> 20);
+    const int32_t row = place.row * p.stride[0] - p.padding[0] + (entry.where >> 16);
+    const int32_t column = place.column * p.stride[1] - p.padding[1] + (entry.where & 0xffff);
+    exists = image < p.batch && static_cast<uint32_t>(row) < static_cast<uint32_t>(p.in[0]) &&
+             static_cast<uint32_t>(column) < static_cast<uint32_t>(p.in[1]);
+    offset = ((int64_t{image} * p.in[0] + row) * p.in[1] + column) * p.channels;
+  }
+};
+
+DLFAST_DEVICE int32_t slot_in(PositionEntry entry) {
+  return entry.slot & 0xfffff;
+}
+
+// [slot][channel].
+template <typename T>
+class SlotsLoader {
+  static constexpr int N = kPackSize<T>;
+
+ public:
+  DLFAST_DEVICE SlotsLoader(const Params& p, const T* input, int32_t columns_block, int32_t thread)
+      : input_(input), channel_(first_channel(p, columns_block)), thread_(thread) {}
+
+  DLFAST_DEVICE void fetch(const Params& p, const Place& place, const PositionEntry* positions,
+                           unsigned char* patch) {
+    if (p.packs_of_channels) fill<true>(p, place, positions, patch);
+  }
+  DLFAST_DEVICE void stash(const Params& p, const Place& place, const PositionEntry* positions,
+                           unsigned char* patch) const {
+    if (!p.packs_of_channels) fill<false>(p, place, positions, patch);
+  }
+
+ private:
+  template <bool kPacks>
+  DLFAST_DEVICE void fill(const Params& p, const Place& place, const PositionEntry* positions,
+                          unsigned char* patch) const {
+    const int32_t packs = p.block_channels / N;  // a power of two, at most kThreads
+    const int32_t pack = thread_ % packs;
+    const int32_t channel = channel_ + pack * N;
+    const int32_t step = kThreads / packs;
+#pragma unroll 2
+    for (int32_t i = thread_ / packs; i < p.positions(); i += step) {
+      const PositionEntry entry = positions[i];
+      const InputSite site(p, place, entry);
+      const int32_t count = site.exists ? p.channels - channel : 0;
+      void* to = patch + slot_in(entry) * p.slot_pitch + pack * 16;
+      if constexpr (kPacks) {
+        copy_16(to, input_ + (count > 0 ? site.offset + channel : 0), count > 0);
+      } else {
+        *static_cast<Pack<T, N>*>(to) = load_some(input_ + site.offset + channel, count, false);
+      }
+    }
+  }
+
+  const T* input_;
+  int32_t channel_, thread_;
+};
+
+// [channel][slot], for the few channels of a first layer. Numbers of 16 bits lie there twice, the second
+// time one slot earlier, so that the word of two neighbouring pixels begins at a whole word for any tap.
+template <typename T>
+class PlanesLoader {
+  static constexpr int kAhead = 4;
+
+ public:
+  DLFAST_DEVICE PlanesLoader(const Params& p, const T* input, int32_t /*columns_block*/, int32_t thread)
+      : input_(input), thread_(thread), count_(p.positions() * p.channels) {}
+
+  DLFAST_DEVICE void fetch(const Params& p, const Place& place, const PositionEntry* positions,
+                           unsigned char* /*patch*/) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead_[i] = load(p, place, positions, thread_ + i * kThreads);
+  }
+  DLFAST_DEVICE void stash(const Params& p, const Place& place, const PositionEntry* positions,
+                           unsigned char* patch) const {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) store(p, positions, patch, thread_ + i * kThreads, ahead_[i]);
+#pragma unroll 1
+    for (int32_t i = thread_ + kAhead * kThreads; i < count_; i += kThreads) {
+      store(p, positions, patch, i, load(p, place, positions, i));
+    }
+  }
+
+ private:
+  DLFAST_DEVICE T load(const Params& p, const Place& place, const PositionEntry* positions, int32_t i) const {
+    if (i >= count_) return narrow<T>(0.0f);
+    const auto at = p.by_channels.divide(static_cast<uint32_t>(i));  // neighbours in memory
+    const InputSite site(p, place, positions[at.quotient]);
+    return site.exists ? input_[site.offset + at.remainder] : narrow<T>(0.0f);
+  }
+  DLFAST_DEVICE void store(const Params& p, const PositionEntry* positions, unsigned char* patch, int32_t i,
+                           T value) const {
+    if (i >= count_) return;
+    const auto at = p.by_channels.divide(static_cast<uint32_t>(i));
+    const int32_t slot = slot_in(positions[at.quotient]);
+    unsigned char* plane = patch + at.remainder * p.plane_pitch;
+    reinterpret_cast<T*>(plane)[slot] = value;
+    if (sizeof(T) == 2 && slot > 0) reinterpret_cast<T*>(plane + p.copy_pitch)[slot - 1] = value;
+  }
+
+  const T* input_;
+  int32_t thread_, count_;
+  T ahead_[kAhead];
+};
+
+// ---- Which pixels exist -------------------------------------------------------------------------------
+
+// Where each pixel of a tile has its numbers in the patch: bytes, of its plane or of all, or kNoPixel.
+// A pixel beyond the convolution output meets no input, not even where the gradient there is zero: zero
+// times NaN would be NaN.
+DLFAST_DEVICE void write_offsets(const Params& p, const Place& place, const PixelEntry* pixels,
+                                 int32_t pitch, int32_t* offsets, int32_t thread) {
+  for (int32_t i = thread; i < p.pixels; i += kThreads) {
+    const PixelEntry entry = pixels[i];
+    const bool exists = entry.where >= 0 && place.image + (entry.where >> 24) < p.batch &&
+                        place.row + (entry.where >> 12 & 0xfff) < p.pixels_of[0] &&
+                        place.column + (entry.where & 0xfff) < p.pixels_of[1];
+    offsets[i] = exists ? entry.slot * pitch : kNoPixel;
+  }
+}
+
+}  // namespace dlfast::grad_weight

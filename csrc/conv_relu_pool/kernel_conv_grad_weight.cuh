@@ -23,59 +23,64 @@ struct PartialSums {
     const WarpRole role(p, thread);
     float* bias = share.columns_block == 0 ? reinterpret_cast<float*>(shared + p.at_bias) + thread : nullptr;
     const unsigned char* zeros = clear(shared, thread);
-    write_tables(p, shared, thread);
-
-    Products products(p, role, share.columns_block);
-    GradientLoader<T> gradient(p, grad_y, code, share.first_output, thread);
-    Loader patch(p, input, share.columns_block, thread);
+    write_tables<T>(p, share, shared, thread);
     __syncthreads();
 
+    const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
+    Products products(p, role, columns);
+    GradientLoader<T> gradient(p, grad_y, code, share.first_output, thread);
+    Loader patch(p, input, share.first_channel, thread);
     const auto* pixels = reinterpret_cast<const PixelEntry*>(shared + p.at_pixels);
     const auto* positions = reinterpret_cast<const PositionEntry*>(shared + p.at_positions);
     const int32_t pixel_bytes = p.layout == PatchLayout::planes ? static_cast<int32_t>(sizeof(T)) : p.slot_pitch;
     const auto offsets_in = [&](int32_t side) {
       return reinterpret_cast<int32_t*>(shared + p.at_offsets) + side * p.pixels;
     };
-    const auto fetch = [&](int32_t tile, int32_t side) {
-      const Place place(p, tile);
-      gradient.fetch(p, place);
-      patch.fetch(p, place, positions, shared + p.at_patch + side * p.patch_bytes);
-      write_offsets(p, place, pixels, pixel_bytes, offsets_in(side), thread);
-    };
-    const auto stash = [&](int32_t tile, int32_t side) {
-      const Place place(p, tile);
-      gradient.stash(p, place, shared + p.at_gradient + side * p.gradient_bytes, bias);
-      patch.stash(p, place, positions, shared + p.at_patch + side * p.patch_bytes);
-      copies_done();
-    };
-
-    fetch(share.first_tile, 0);
-    stash(share.first_tile, 0);
-    __syncthreads();
-    for (int32_t tile = share.first_tile; tile < share.last_tile; ++tile) {
-      const int32_t side = (tile - share.first_tile) % 2;
-      const bool more = tile + 1 < share.last_tile;
-      if (more) fetch(tile + 1, 1 - side);
-      products.multiply(p,
-                        {.gradient = shared + p.at_gradient + side * p.gradient_bytes,
-                         .patch = shared + p.at_patch + side * p.patch_bytes,
-                         .offsets = offsets_in(side),
-                         .first_step = role.pixels,
-                         .step = p.warps_pixels},
-                        zeros);
-      if (more) stash(tile + 1, 1 - side);
+    // The first time round there is a tile to load and none to multiply, the last time the other way round.
+    for (int32_t next = share.first_tile; next <= share.last_tile; ++next) {
+      const int32_t side = (next - share.first_tile) % 2, other = 1 - side;
+      const bool more = next < share.last_tile;
+      unsigned char* next_patch = shared + p.at_patch + side * p.patch_bytes;
+      if (more) {
+        const Place place(p, next);
+        gradient.fetch(p, place);
+        patch.fetch(p, place, positions, next_patch);
+        write_offsets(p, place, pixels, pixel_bytes, offsets_in(side), thread);
+      }
+      if (next > share.first_tile) {
+        products.multiply(p,
+                          {.gradient = shared + p.at_gradient + other * p.gradient_bytes,
+                           .patch = shared + p.at_patch + other * p.patch_bytes,
+                           .offsets = offsets_in(other),
+                           .first_step = role.pixels,
+                           .step = p.warps_pixels},
+                          zeros);
+      }
+      if (more) {
+        const Place place(p, next);
+        gradient.stash(p, place, shared + p.at_gradient + side * p.gradient_bytes, bias);
+        patch.stash(p, place, positions, next_patch);
+        copies_done();
+      }
       __syncthreads();
     }
 
+    finish(Share(p, static_cast<uint32_t>(again(static_cast<int32_t>(block)))), products, shared, thread);
+  }
+
+ private:
+  // Sums of this block to memory.
+  DLFAST_DEVICE void finish(const Share& share, Products& products, unsigned char* shared, int32_t thread) const {
+    const WarpRole role(p, thread);
+    const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
     float* target = partial + share.split * (p.columns() * p.outputs + p.outputs);
     if (share.columns_block == 0) {
       sum_bias(share, reinterpret_cast<const float*>(shared + p.at_bias), target + p.columns() * p.outputs, thread);
     }
     sum_over_warps(products, reinterpret_cast<float*>(shared + p.at_gradient), thread);
-    if (role.pixels == 0) store(share, role, products, target);
+    if (role.pixels == 0) store(share, role, products, columns, target);
   }
 
- private:
   // What no tile writes: gradients of pixels that rounding up added, sums of grad_bias. Returns zeros.
   DLFAST_DEVICE const unsigned char* clear(unsigned char* shared, int32_t thread) const {
     unsigned char* zeros = shared + p.at_patch + 2 * p.patch_bytes;
@@ -118,14 +123,15 @@ struct PartialSums {
     }
   }
 
-  DLFAST_DEVICE void store(const Share& share, const WarpRole& role, Products& products, float* target) const {
+  DLFAST_DEVICE void store(const Share& share, const WarpRole& role, Products& products,
+                           const ColumnEntry* columns, float* target) const {
+    const int32_t first_output = share.first_output + role.outputs * Products::kOutputs;
+    const ColumnEntry* first_column = columns + role.columns * Products::kColumns;
 #pragma unroll
     for (int i = 0; i < Products::kSums; ++i) {
-      const int32_t output = share.first_output + role.outputs * Products::kOutputs + products.row(i);
-      const Column column(p, share.columns_block, role.columns * Products::kColumns + products.column(i));
-      if (output < p.outputs && column.exists) {
-        target[output * p.columns() + p.column_of(column.channel, column.tap)] = products.sum(i);
-      }
+      const int32_t output = first_output + products.row(i);
+      const int32_t column = first_column[products.column(i)].target;
+      if (output < p.outputs && column != kNone) target[output * p.columns() + column] = products.sum(i);
     }
   }
 };

@@ -29,6 +29,13 @@ DLFAST_DEVICE void copies_done() {
 #endif
 }
 
+// x, in a way that keeps what is computed from it out of registers while a tile is multiplied: compilers would
+// compute it once for all tiles.
+DLFAST_DEVICE int32_t again(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Up to kPackSize<T> neighbours, of which `count` exist, and zeros. In one access where that is allowed.
 template <typename T>
 DLFAST_DEVICE Pack<T, kPackSize<T>> load_some(const T* from, int32_t count, bool in_pack) {
@@ -50,9 +57,9 @@ DLFAST_DEVICE uint32_t differing(uint32_t codes, uint32_t position) {
 
 // Ones in all bits of the numbers of word `w` of a pack whose code has bit 7 set.
 template <typename T>
-DLFAST_DEVICE uint32_t spread_signs(const uint32_t (&signs)[2], int w) {
+DLFAST_DEVICE uint32_t spread_signs(const uint32_t (&signs)[kPackSize<T> / 4], int w) {
   // Selectors with bit 3 set repeat the sign of a byte.
-  const uint32_t from = sizeof(T) == 2 ? signs[w / 2] : signs[0];
+  const uint32_t from = signs[sizeof(T) == 2 ? w / 2 : 0];
   const uint32_t selector =
       sizeof(T) == 2 ? (w % 2 == 0 ? 0x9988u : 0xbbaau) : 0x8888u + 0x1111u * static_cast<uint32_t>(w);
   uint32_t result;
@@ -60,22 +67,39 @@ DLFAST_DEVICE uint32_t spread_signs(const uint32_t (&signs)[2], int w) {
   return result;
 }
 
+// N codes in the first words of `codes`; kNoWinner for those beyond `count`.
+template <int N>
+DLFAST_DEVICE void load_codes(const uint8_t* from, int32_t count, bool in_pack, uint32_t (&codes)[N / 4]) {
+  if (in_pack && count > 0) {
+    const auto pack = load_pack<N / 4>(reinterpret_cast<const uint32_t*>(from));
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) codes[i] = pack.at[i];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) codes[i] = 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const uint32_t shift = 8 * (i % 4);
+    if (i < count) codes[i / 4] &= ~(0xffu << shift) | static_cast<uint32_t>(from[i]) << shift;
+  }
+}
+
 // ---- The gradient -------------------------------------------------------------------------------------
 
-// A window's gradients for a pack of outputs, and its codes or y.
+// A window's gradients for a pack of outputs, and the codes of winners.
 template <typename T>
 struct Window {
-  static constexpr int N = kPackSize<T>;
+  static constexpr int kCodeWords = kPackSize<T> / 4;
   uint32_t grad[4];
-  uint32_t code[4];  // N bytes; or y
+  uint32_t code[kCodeWords];
 };
 
 // A thread expands windows of one pack of outputs, the same in all tiles: window `first`, first + step, ...
 template <typename T>
 class GradientLoader {
   static constexpr int N = kPackSize<T>;
-  // Windows whose loads are under way while another tile is multiplied: all those of 2x2 pooling.
-  static constexpr int kAhead = sizeof(T) == 2 ? 1 : 2;
+  // The first window is on its way while another tile is multiplied; with 2x2 pooling there are no more.
 
  public:
   DLFAST_DEVICE GradientLoader(const Params& p, const T* grad_y, const void* code, int32_t first_output,
@@ -89,18 +113,16 @@ class GradientLoader {
   }
 
   DLFAST_DEVICE void fetch(const Params& p, const Place& place) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead_[i] = load(p, place, first_ + i * step_);
+    ahead_ = load(p, place, again(first_));
   }
 
   // bias: sums of this thread's outputs, kThreads apart; or null.
   DLFAST_DEVICE void stash(const Params& p, const Place& place, unsigned char* gradient, float* bias) const {
-    const int32_t windows = p.images * p.windows[0] * p.windows[1];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) expand(p, ahead_[i], first_ + i * step_, windows, gradient, bias);
+    const int32_t windows = p.images * p.windows[0] * p.windows[1], first = again(first_);
+    expand(p, place, ahead_, first, windows, gradient, bias);
 #pragma unroll 1
-    for (int32_t w = first_ + kAhead * step_; w < windows; w += step_) {
-      expand(p, load(p, place, w), w, windows, gradient, bias);
+    for (int32_t w = first + step_; w < windows; w += step_) {
+      expand(p, place, load(p, place, w), w, windows, gradient, bias);
     }
   }
 
@@ -115,37 +137,31 @@ class GradientLoader {
             static_cast<int32_t>(column.remainder)};
   }
 
-  // Zeros where a window does not exist.
-  DLFAST_DEVICE Window<T> load(const Params& p, const Place& place, int32_t window) const {
-    const Where at = where(p, window);
+  // Where the window's gradients are, and how many of the pack exist: none of a window that does not.
+  struct Source {
+    int64_t offset;
+    int32_t count;
+  };
+  DLFAST_DEVICE Source source(const Params& p, const Place& place, const Where& at) const {
     const int32_t image = place.image + at.image;
-    const int32_t row = place.window_row + at.row;
-    const int32_t column = place.window_column + at.column;
+    const int32_t row = place.window_row + at.row, column = place.window_column + at.column;
     const bool exists = at.image < p.images && image < p.batch && row < p.pooled[0] && column < p.pooled[1];
-    const int32_t count = exists ? p.outputs - output_ : 0;
-    const int64_t offset =
-        ((int64_t{image} * p.pooled[0] + row) * p.pooled[1] + column) * p.outputs + output_;
-    Window<T> result;
-    const auto grad = load_some(grad_y_ + offset, count, p.packs_of_outputs);
+    return {((int64_t{image} * p.pooled[0] + row) * p.pooled[1] + column) * p.outputs + output_,
+            exists ? p.outputs - output_ : 0};
+  }
+
+  DLFAST_DEVICE Window<T> load(const Params& p, const Place& place, int32_t window) const {
+    const Source from = source(p, place, where(p, window));
+    Window<T> result{};
+    const auto grad = load_some(grad_y_ + from.offset, from.count, p.packs_of_outputs);
     memcpy(result.grad, &grad, sizeof(grad));
-    if (p.passing == Passing::positive) {
-      const auto y = load_some(static_cast<const T*>(code_) + offset, count, p.packs_of_outputs);
-      memcpy(result.code, &y, sizeof(y));
-    } else if (p.passing == Passing::winners) {
-      const uint8_t* from = static_cast<const uint8_t*>(code_) + offset;
-      Pack<uint8_t, N> codes;
-      if (p.packs_of_outputs && count > 0) {
-        codes = load_pack<N>(from);
-      } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) codes.at[i] = i < count ? from[i] : kNoWinner<uint8_t>;
-      }
-      memcpy(result.code, &codes, sizeof(codes));
+    if (p.passing == Passing::winners) {
+      load_codes<N>(static_cast<const uint8_t*>(code_) + from.offset, from.count, p.packs_of_outputs,
+                    result.code);
     }
     return result;
   }
 
-  // Where `passes` has a zero bit, and adds to the sums of grad_bias.
   DLFAST_DEVICE static void add_to_bias(const uint32_t (&words)[4], float* bias) {
     if (bias == nullptr) return;
     Pack<T, N> pack;
@@ -155,7 +171,7 @@ class GradientLoader {
   }
 
   // Every pixel of the window, in shared memory: its gradient where it won, else zero.
-  DLFAST_DEVICE void expand(const Params& p, const Window<T>& w, int32_t window, int32_t windows,
+  DLFAST_DEVICE void expand(const Params& p, const Place& place, const Window<T>& w, int32_t window, int32_t windows,
                             unsigned char* gradient, float* bias) const {
     if (window >= windows) return;
     const Where at = where(p, window);
@@ -165,9 +181,8 @@ class GradientLoader {
                             p.gradient_pitch;
     uint32_t words[4];
     if (p.passing == Passing::winners) {
-      const uint32_t codes[2] = {w.code[0], w.code[1]};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = w.grad[i] & ~spread_signs<T>(codes, i);
+      for (int i = 0; i < 4; ++i) words[i] = w.grad[i] & ~spread_signs<T>(w.code, i);
       add_to_bias(words, bias);
 #pragma unroll 1
       for (int32_t dy = 0; dy < p.window_stride[0]; ++dy) {
@@ -176,7 +191,9 @@ class GradientLoader {
           const bool inside = dy < p.window[0] && dx < p.window[1];
           // No code says 127: windows have fewer positions.
           const auto position = static_cast<uint32_t>(inside ? dy * p.window[1] + dx : 127);
-          const uint32_t other[2] = {differing(codes[0], position), differing(codes[1], position)};
+          uint32_t other[Window<T>::kCodeWords];
+#pragma unroll
+          for (int i = 0; i < Window<T>::kCodeWords; ++i) other[i] = differing(w.code[i], position);
 #pragma unroll
           for (int i = 0; i < 4; ++i) words[i] = w.grad[i] & ~spread_signs<T>(other, i);
           *reinterpret_cast<uint4*>(to + (dy * p.tile[1] + dx) * p.gradient_pitch) =
@@ -187,9 +204,10 @@ class GradientLoader {
     }
     memcpy(words, w.grad, sizeof(words));
     if (p.passing == Passing::positive) {
-      Pack<T, N> grad, y;
+      const Source from = source(p, place, at);
+      const auto y = load_some(static_cast<const T*>(code_) + from.offset, from.count, p.packs_of_outputs);
+      Pack<T, N> grad;
       memcpy(&grad, w.grad, sizeof(grad));
-      memcpy(&y, w.code, sizeof(y));
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (widen(y.at[i]) <= 0.0f) grad.at[i] = narrow<T>(0.0f);
@@ -203,7 +221,7 @@ class GradientLoader {
   const T* grad_y_;
   const void* code_;
   int32_t pack_, first_, step_, output_;
-  Window<T> ahead_[kAhead];
+  Window<T> ahead_;
 };
 
 // ---- The patch ----------------------------------------------------------------------------------------
@@ -233,8 +251,8 @@ class SlotsLoader {
   static constexpr int N = kPackSize<T>;
 
  public:
-  DLFAST_DEVICE SlotsLoader(const Params& p, const T* input, int32_t columns_block, int32_t thread)
-      : input_(input), channel_(first_channel(p, columns_block)), thread_(thread) {}
+  DLFAST_DEVICE SlotsLoader(const Params& /*p*/, const T* input, int32_t first_channel, int32_t thread)
+      : input_(input), channel_(first_channel), thread_(thread) {}
 
   DLFAST_DEVICE void fetch(const Params& p, const Place& place, const PositionEntry* positions,
                            unsigned char* patch) {
@@ -250,11 +268,11 @@ class SlotsLoader {
   DLFAST_DEVICE void fill(const Params& p, const Place& place, const PositionEntry* positions,
                           unsigned char* patch) const {
     const int32_t packs = p.block_channels / N;  // a power of two, at most kThreads
-    const int32_t pack = thread_ % packs;
+    const int32_t thread = again(thread_), pack = thread % packs;
     const int32_t channel = channel_ + pack * N;
     const int32_t step = kThreads / packs;
 #pragma unroll 2
-    for (int32_t i = thread_ / packs; i < p.positions(); i += step) {
+    for (int32_t i = thread / packs; i < p.positions(); i += step) {
       const PositionEntry entry = positions[i];
       const InputSite site(p, place, entry);
       const int32_t count = site.exists ? p.channels - channel : 0;
@@ -278,20 +296,22 @@ class PlanesLoader {
   static constexpr int kAhead = 4;
 
  public:
-  DLFAST_DEVICE PlanesLoader(const Params& p, const T* input, int32_t /*columns_block*/, int32_t thread)
+  DLFAST_DEVICE PlanesLoader(const Params& p, const T* input, int32_t /*first_channel*/, int32_t thread)
       : input_(input), thread_(thread), count_(p.positions() * p.channels) {}
 
   DLFAST_DEVICE void fetch(const Params& p, const Place& place, const PositionEntry* positions,
                            unsigned char* /*patch*/) {
+    const int32_t thread = again(thread_);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead_[i] = load(p, place, positions, thread_ + i * kThreads);
+    for (int i = 0; i < kAhead; ++i) ahead_[i] = load(p, place, positions, thread + i * kThreads);
   }
   DLFAST_DEVICE void stash(const Params& p, const Place& place, const PositionEntry* positions,
                            unsigned char* patch) const {
+    const int32_t thread = again(thread_);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) store(p, positions, patch, thread_ + i * kThreads, ahead_[i]);
+    for (int i = 0; i < kAhead; ++i) store(p, positions, patch, thread + i * kThreads, ahead_[i]);
 #pragma unroll 1
-    for (int32_t i = thread_ + kAhead * kThreads; i < count_; i += kThreads) {
+    for (int32_t i = thread + kAhead * kThreads; i < count_; i += kThreads) {
       store(p, positions, patch, i, load(p, place, positions, i));
     }
   }
@@ -320,17 +340,17 @@ class PlanesLoader {
 
 // ---- Which pixels exist -------------------------------------------------------------------------------
 
-// Where each pixel of a tile has its numbers in the patch: bytes, of its plane or of all, or kNoPixel.
+// Where each pixel of a tile has its numbers in the patch: bytes, of its plane or of all, or kNone.
 // A pixel beyond the convolution output meets no input, not even where the gradient there is zero: zero
 // times NaN would be NaN.
 DLFAST_DEVICE void write_offsets(const Params& p, const Place& place, const PixelEntry* pixels,
                                  int32_t pitch, int32_t* offsets, int32_t thread) {
-  for (int32_t i = thread; i < p.pixels; i += kThreads) {
+  for (int32_t i = again(thread); i < p.pixels; i += kThreads) {
     const PixelEntry entry = pixels[i];
     const bool exists = entry.where >= 0 && place.image + (entry.where >> 24) < p.batch &&
                         place.row + (entry.where >> 12 & 0xfff) < p.pixels_of[0] &&
                         place.column + (entry.where & 0xfff) < p.pixels_of[1];
-    offsets[i] = exists ? entry.slot * pitch : kNoPixel;
+    offsets[i] = exists ? entry.slot * pitch : kNone;
   }
 }
 

@@ -36,18 +36,6 @@ struct WarpRole {
 // Zeros that pixels meet which do not exist, at the end of what a block has of shared memory.
 constexpr int kZeroBytes = 32;
 
-// Bytes from a pixel's place in the patch to the numbers of a column; 0, which is as good as any other
-// place, for columns that do not exist: nobody looks at their sums.
-DLFAST_DEVICE int32_t column_offset(const Params& p, int32_t columns_block, int32_t number,
-                                    int32_t element) {
-  const Column column(p, columns_block, number);
-  if (!column.exists) return 0;
-  const int32_t slot = p.tap_slot(column.tap);
-  return p.layout == PatchLayout::planes
-             ? column.channel * p.plane_pitch + slot * element
-             : slot * p.slot_pitch + (column.channel - first_channel(p, columns_block)) * element;
-}
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
 // Step `step` of the gradient, transposed: rows are outputs, k are pixels. See tensor_core.h.
@@ -87,13 +75,13 @@ class TensorSlots {
   static constexpr int kSums = kFragments * kGroups * 4;
   static constexpr int kBlocksPerSm = 2;
 
-  DLFAST_DEVICE TensorSlots(const Params& p, const WarpRole& role, int32_t columns_block)
+  DLFAST_DEVICE TensorSlots(const Params& /*p*/, const WarpRole& role, const ColumnEntry* columns)
       : lane_(role.lane), gradient_(role.outputs * kOutputs * static_cast<int32_t>(sizeof(T))) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       // Of 16-bit numbers one load brings two groups of eight columns, by half of the lanes each.
       const int32_t group = sizeof(T) == 2 ? min(2 * j + lane_ / 16, kGroups - 1) : j;
-      offset_[j] = column_offset(p, columns_block, role.columns * kColumns + group * 8, sizeof(T));
+      offset_[j] = columns[role.columns * kColumns + group * 8].offset;
       if (sizeof(T) == 4) offset_[j] += lane_ / 4 * 4;
     }
   }
@@ -158,15 +146,15 @@ class TensorPlanes {
   using T = T_;
   using Loader = PlanesLoader<T>;
   static constexpr int kFragments = kFragments_, kOutputs = kFragments * 16;
-  static constexpr int kGroups = 5, kColumns = kGroups * 8;  // 27 of 3x3x3, two warps have 75, four have 147
+  static constexpr int kGroups = 4, kColumns = kGroups * 8;  // 27 of them are those of 3x3 taps of RGB
   static constexpr int kSums = kFragments * kGroups * 4;
   static constexpr int kBlocksPerSm = 2;
 
-  DLFAST_DEVICE TensorPlanes(const Params& p, const WarpRole& role, int32_t columns_block)
+  DLFAST_DEVICE TensorPlanes(const Params& p, const WarpRole& role, const ColumnEntry* columns)
       : lane_(role.lane), gradient_(role.outputs * kOutputs * static_cast<int32_t>(sizeof(T))) {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      offset_[j] = column_offset(p, columns_block, role.columns * kColumns + j * 8 + lane_ / 4, sizeof(T));
+      offset_[j] = columns[role.columns * kColumns + j * 8 + lane_ / 4].offset;
       // An odd slot is the even one before it in the shifted copy.
       if (sizeof(T) == 2 && offset_[j] % 4 != 0) offset_[j] += p.copy_pitch - 2;
     }
@@ -229,11 +217,11 @@ class Fma {
   static constexpr int kSums = 64;  // of 8 rows, in packs, and 8 columns, 4 apart
   static constexpr int kBlocksPerSm = 2;
 
-  DLFAST_DEVICE Fma(const Params& p, const WarpRole& role, int32_t columns_block)
+  DLFAST_DEVICE Fma(const Params& /*p*/, const WarpRole& role, const ColumnEntry* columns)
       : lane_(role.lane), gradient_(role.outputs * kOutputs * static_cast<int32_t>(sizeof(T))) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      offset_[j] = column_offset(p, columns_block, role.columns * kColumns + j * 4 + lane_ / 8, sizeof(T));
+      offset_[j] = columns[role.columns * kColumns + j * 4 + lane_ / 8].offset;
     }
   }
 

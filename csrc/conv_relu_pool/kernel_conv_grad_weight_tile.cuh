@@ -59,12 +59,13 @@ struct Params {
   int32_t block_outputs;               // rows of the product
   int32_t block_channels, block_taps;  // columns; with planes all channels, and block_columns instead
   int32_t block_columns;
+  int32_t columns_in_warps;            // of a block, those included that do not exist
   int32_t warps_outputs, warps_columns, warps_pixels;  // multiply to kWarps
   int32_t blocks_outputs, blocks_columns, splits;      // multiply to the grid
 
   // Shared memory, in bytes. Pitches: of a pixel's gradient, of a slot, of a plane and of its shifted copy.
   int32_t gradient_pitch, slot_pitch, plane_pitch, copy_pitch;
-  int32_t at_offsets, at_pixels, at_positions, at_bias, at_gradient, gradient_bytes, at_patch, patch_bytes;
+  int32_t at_columns, at_offsets, at_pixels, at_positions, at_bias, at_gradient, gradient_bytes, at_patch, patch_bytes;
 
   DLFAST_HOST_DEVICE int32_t taps() const { return kernel[0] * kernel[1]; }
   DLFAST_HOST_DEVICE int32_t positions() const { return images * patch[0] * patch[1]; }
@@ -77,10 +78,6 @@ struct Params {
   // From a pixel's slot to the one it meets at a tap.
   DLFAST_HOST_DEVICE int32_t tap_slot(int32_t tap) const {
     return slot_of(tap / kernel[1] * dilation[0], tap % kernel[1] * dilation[1]);
-  }
-  // Columns of planes are numbered [C][kh][kw], which keeps taps of a row together, see plane_pitches().
-  DLFAST_HOST_DEVICE int64_t column_of(int32_t channel, int32_t tap) const {
-    return int64_t{tap} * channels + channel;
   }
 };
 
@@ -102,7 +99,7 @@ struct Place {
 
 // What a block takes, from its number.
 struct Share {
-  int32_t split, columns_block, first_output;
+  int32_t split, columns_block, first_output, first_channel;
   int32_t first_tile, last_tile;  // the one after the last
 
   DLFAST_DEVICE Share(const Params& p, uint32_t block) {
@@ -110,38 +107,16 @@ struct Share {
     const auto columns = static_cast<uint32_t>(p.blocks_columns);
     first_output = static_cast<int32_t>(block % outputs) * p.block_outputs;
     columns_block = static_cast<int32_t>(block / outputs % columns);
+    first_channel = 0;
+    if (p.layout == PatchLayout::slots) {
+      first_channel =
+          columns_block % ((p.channels + p.block_channels - 1) / p.block_channels) * p.block_channels;
+    }
     split = static_cast<int32_t>(block / outputs / columns);
     first_tile = static_cast<int32_t>(int64_t{p.tiles} * split / p.splits);
     last_tile = static_cast<int32_t>(int64_t{p.tiles} * (split + 1) / p.splits);
   }
 };
-
-// A column of the product: where its numbers are in the patch, and where its sums go.
-struct Column {
-  int32_t channel, tap;
-  bool exists;
-
-  // `number` within the block.
-  DLFAST_DEVICE Column(const Params& p, int32_t columns_block, int32_t number) {
-    if (p.layout == PatchLayout::planes) {
-      const int32_t n = columns_block * p.block_columns + number;
-      channel = n / p.taps();
-      tap = n % p.taps();
-      exists = number < p.block_columns && channel < p.channels;
-    } else {
-      const int32_t blocks_of_channels = (p.channels + p.block_channels - 1) / p.block_channels;
-      channel = columns_block % blocks_of_channels * p.block_channels + number % p.block_channels;
-      const int32_t tap_in_block = number / p.block_channels;
-      tap = columns_block / blocks_of_channels * p.block_taps + tap_in_block;
-      exists = tap_in_block < p.block_taps && tap < p.taps() && channel < p.channels;
-    }
-  }
-};
-
-// The first channel of a block, where channels lie side by side.
-DLFAST_DEVICE int32_t first_channel(const Params& p, int32_t columns_block) {
-  return columns_block % ((p.channels + p.block_channels - 1) / p.block_channels) * p.block_channels;
-}
 
 // Tables in shared memory, the same for all tiles.
 struct PixelEntry {
@@ -153,9 +128,45 @@ struct PositionEntry {
   int32_t where;  // row << 16 | column
 };
 
-constexpr int32_t kNoPixel = -1;
+// A column of the block.
+struct ColumnEntry {
+  int32_t offset;  // bytes from a pixel's place in the patch; 0, as good as any other, where nobody looks
+  int32_t target;  // tap * C + channel, or kNone
+};
 
-DLFAST_DEVICE void write_tables(const Params& p, unsigned char* shared, int32_t thread) {
+constexpr int32_t kNone = -1;
+
+// Columns of planes are numbered [C][kh][kw], which keeps the taps of a row together: the banks that they are
+// in were chosen for that order. Others are [tap][channel].
+template <typename T>
+DLFAST_DEVICE ColumnEntry column_entry(const Params& p, int32_t columns_block, int32_t number) {
+  int32_t channel, tap, in_patch;
+  bool exists;
+  if (p.layout == PatchLayout::planes) {
+    const int32_t n = columns_block * p.block_columns + number;
+    channel = n / p.taps();
+    tap = n % p.taps();
+    exists = number < p.block_columns;
+    in_patch = channel * p.plane_pitch;
+  } else {
+    const int32_t blocks = (p.channels + p.block_channels - 1) / p.block_channels;
+    const int32_t in_block = number % p.block_channels;
+    channel = columns_block % blocks * p.block_channels + in_block;
+    tap = columns_block / blocks * p.block_taps + number / p.block_channels;
+    exists = number / p.block_channels < p.block_taps;
+    in_patch = in_block * static_cast<int32_t>(sizeof(T));
+  }
+  if (!exists || tap >= p.taps() || channel >= p.channels) return {0, kNone};
+  const int32_t slot_bytes = p.layout == PatchLayout::planes ? static_cast<int32_t>(sizeof(T)) : p.slot_pitch;
+  return {in_patch + p.tap_slot(tap) * slot_bytes, tap * p.channels + channel};
+}
+
+template <typename T>
+DLFAST_DEVICE void write_tables(const Params& p, const Share& share, unsigned char* shared, int32_t thread) {
+  auto* columns = reinterpret_cast<ColumnEntry*>(shared + p.at_columns);
+  for (int32_t i = thread; i < p.columns_in_warps; i += kThreads) {
+    columns[i] = column_entry<T>(p, share.columns_block, i);
+  }
   auto* pixels = reinterpret_cast<PixelEntry*>(shared + p.at_pixels);
   const int32_t plane = p.tile[0] * p.tile[1];
   for (int32_t i = thread; i < p.pixels; i += kThreads) {
@@ -163,7 +174,7 @@ DLFAST_DEVICE void write_tables(const Params& p, unsigned char* shared, int32_t 
     // With n and s as stride and slot: slot_of(n row, n column) is row row_pitch + column.
     const bool real = image < p.images;
     pixels[i] = {real ? image * p.image_pitch + row * p.row_pitch + column : 0,
-                 real ? image << 24 | row << 12 | column : kNoPixel};
+                 real ? image << 24 | row << 12 | column : kNone};
   }
   auto* positions = reinterpret_cast<PositionEntry*>(shared + p.at_positions);
   const int32_t area = p.patch[0] * p.patch[1];

@@ -149,6 +149,7 @@ class Planner {
   void set_warps(Params& p, int64_t columns) const {
     p.warps_columns = power_of_two(ceil_div(columns, warp_.columns));
     p.warps_pixels = kWarps / (p.warps_outputs * p.warps_columns);
+    p.columns_in_warps = static_cast<int32_t>(p.warps_columns * warp_.columns);
   }
 
   Params with_planes(Params p) const {
@@ -275,6 +276,7 @@ class Planner {
       at = static_cast<int32_t>(bytes);
       bytes = round_up(bytes + count, 16);
     };
+    take(p.at_columns, p.columns_in_warps * static_cast<int64_t>(sizeof(ColumnEntry)));
     take(p.at_offsets, 2 * int64_t{p.pixels} * static_cast<int64_t>(sizeof(int32_t)));
     take(p.at_pixels, p.pixels * static_cast<int64_t>(sizeof(PixelEntry)));
     take(p.at_positions, p.positions() * static_cast<int64_t>(sizeof(PositionEntry)));

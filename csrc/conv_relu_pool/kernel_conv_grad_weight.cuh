@@ -28,7 +28,7 @@ struct PartialSums {
 
     const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
     Products products(p, role, columns);
-    GradientLoader<T> gradient(p, grad_y, code, share.first_output, thread);
+    GradientLoader<T> gradient(grad_y, code, share.first_output, thread);
     Loader patch(p, input, share.first_channel, thread);
     const auto* pixels = reinterpret_cast<const PixelEntry*>(shared + p.at_pixels);
     const auto* positions = reinterpret_cast<const PositionEntry*>(shared + p.at_positions);
@@ -85,7 +85,7 @@ struct PartialSums {
   DLFAST_DEVICE const unsigned char* clear(unsigned char* shared, int32_t thread) const {
     unsigned char* zeros = shared + p.at_patch + 2 * p.patch_bytes;
     auto* bias = reinterpret_cast<float*>(shared + p.at_bias) + thread;
-    for (int i = 0; i < kPackSize<T>; ++i) bias[i * kThreads] = 0.0f;
+    for (int i = 0; i < kPackSize<T>; ++i) bias[i * kBiasPitch<T>] = 0.0f;
     if (thread < kZeroBytes / 4) reinterpret_cast<uint32_t*>(zeros)[thread] = 0;
     const int32_t first = p.images * p.tile[0] * p.tile[1] * p.gradient_pitch;
     for (int32_t at = first + thread * 4; at < p.pixels * p.gradient_pitch; at += kThreads * 4) {
@@ -102,7 +102,7 @@ struct PartialSums {
     if (thread >= p.block_outputs || share.first_output + thread >= p.outputs) return;
     const int32_t packs = p.block_outputs / N;
     float sum = 0;
-    for (int32_t i = thread / N; i < kThreads; i += packs) sum += bias[thread % N * kThreads + i];
+    for (int32_t i = thread / N; i < kThreads; i += packs) sum += bias[thread % N * kBiasPitch<T> + i];
     target[share.first_output + thread] = sum;
   }
 

@@ -85,6 +85,11 @@ DLFAST_DEVICE void load_codes(const uint8_t* from, int32_t count, bool in_pack, 
   }
 }
 
+// Sums of grad_bias lie in shared memory by number in the pack, and this many floats on, by thread: neither
+// those who add nor those who sum them up in the end meet in a bank.
+template <typename T>
+constexpr int32_t kBiasPitch = kThreads + 32 / kPackSize<T>;
+
 // ---- The gradient -------------------------------------------------------------------------------------
 
 // A window's gradients for a pack of outputs, and the codes of winners.
@@ -95,38 +100,42 @@ struct Window {
   uint32_t code[kCodeWords];
 };
 
-// A thread expands windows of one pack of outputs, the same in all tiles: window `first`, first + step, ...
+// A thread expands windows of one pack of outputs, the same in all tiles.
 template <typename T>
 class GradientLoader {
   static constexpr int N = kPackSize<T>;
-  // The first window is on its way while another tile is multiplied; with 2x2 pooling there are no more.
 
  public:
-  DLFAST_DEVICE GradientLoader(const Params& p, const T* grad_y, const void* code, int32_t first_output,
-                               int32_t thread)
-      : grad_y_(grad_y), code_(code) {
-    const int32_t packs = p.block_outputs / N;
-    pack_ = thread % packs;
-    first_ = thread / packs;
-    step_ = kThreads / packs;
-    output_ = first_output + pack_ * N;
-  }
+  DLFAST_DEVICE GradientLoader(const T* grad_y, const void* code, int32_t first_output, int32_t thread)
+      : grad_y_(grad_y), code_(code), first_output_(first_output), thread_(thread) {}
 
+  // The first window is on its way while another tile is multiplied; with 2x2 pooling there are no more.
   DLFAST_DEVICE void fetch(const Params& p, const Place& place) {
-    ahead_ = load(p, place, again(first_));
+    const Work work(p, again(thread_));
+    ahead_ = load(p, place, work.first, work.pack);
   }
 
-  // bias: sums of this thread's outputs, kThreads apart; or null.
+  // bias: the first of this thread's sums, or null.
   DLFAST_DEVICE void stash(const Params& p, const Place& place, unsigned char* gradient, float* bias) const {
-    const int32_t windows = p.images * p.windows[0] * p.windows[1], first = again(first_);
-    expand(p, place, ahead_, first, windows, gradient, bias);
+    const Work work(p, again(thread_));
+    const int32_t windows = p.images * p.windows[0] * p.windows[1];
+    if (work.first < windows) expand(p, place, ahead_, work.first, work.pack, gradient, bias);
 #pragma unroll 1
-    for (int32_t w = first + step_; w < windows; w += step_) {
-      expand(p, place, load(p, place, w), w, windows, gradient, bias);
+    for (int32_t w = work.first + work.step; w < windows; w += work.step) {
+      expand(p, place, load(p, place, w, work.pack), w, work.pack, gradient, bias);
     }
   }
 
  private:
+  // Windows first, first + step, ... of the tile, and a pack of outputs.
+  struct Work {
+    int32_t pack, first, step;
+
+    DLFAST_DEVICE Work(const Params& p, int32_t thread)
+        : pack(thread & ((1 << p.log_output_packs) - 1)),
+          first(thread >> p.log_output_packs),
+          step(kThreads >> p.log_output_packs) {}
+  };
   struct Where {
     int32_t image, row, column;  // of a window in the tile
   };
@@ -142,16 +151,17 @@ class GradientLoader {
     int64_t offset;
     int32_t count;
   };
-  DLFAST_DEVICE Source source(const Params& p, const Place& place, const Where& at) const {
+  DLFAST_DEVICE Source source(const Params& p, const Place& place, const Where& at, int32_t pack) const {
+    const int32_t output = first_output_ + pack * N;
     const int32_t image = place.image + at.image;
     const int32_t row = place.window_row + at.row, column = place.window_column + at.column;
     const bool exists = at.image < p.images && image < p.batch && row < p.pooled[0] && column < p.pooled[1];
-    return {((int64_t{image} * p.pooled[0] + row) * p.pooled[1] + column) * p.outputs + output_,
-            exists ? p.outputs - output_ : 0};
+    return {((int64_t{image} * p.pooled[0] + row) * p.pooled[1] + column) * p.outputs + output,
+            exists ? p.outputs - output : 0};
   }
 
-  DLFAST_DEVICE Window<T> load(const Params& p, const Place& place, int32_t window) const {
-    const Source from = source(p, place, where(p, window));
+  DLFAST_DEVICE Window<T> load(const Params& p, const Place& place, int32_t window, int32_t pack) const {
+    const Source from = source(p, place, where(p, window), pack);
     Window<T> result{};
     const auto grad = load_some(grad_y_ + from.offset, from.count, p.packs_of_outputs);
     memcpy(result.grad, &grad, sizeof(grad));
@@ -167,15 +177,14 @@ class GradientLoader {
     Pack<T, N> pack;
     memcpy(&pack, words, sizeof(pack));
 #pragma unroll
-    for (int i = 0; i < N; ++i) bias[i * kThreads] += widen(pack.at[i]);
+    for (int i = 0; i < N; ++i) bias[i * kBiasPitch<T>] += widen(pack.at[i]);
   }
 
   // Every pixel of the window, in shared memory: its gradient where it won, else zero.
-  DLFAST_DEVICE void expand(const Params& p, const Place& place, const Window<T>& w, int32_t window, int32_t windows,
+  DLFAST_DEVICE void expand(const Params& p, const Place& place, const Window<T>& w, int32_t window, int32_t pack,
                             unsigned char* gradient, float* bias) const {
-    if (window >= windows) return;
     const Where at = where(p, window);
-    unsigned char* to = gradient + pack_ * 16 +
+    unsigned char* to = gradient + pack * 16 +
                         ((at.image * p.tile[0] + at.row * p.window_stride[0]) * p.tile[1] +
                          at.column * p.window_stride[1]) *
                             p.gradient_pitch;
@@ -204,7 +213,7 @@ class GradientLoader {
     }
     memcpy(words, w.grad, sizeof(words));
     if (p.passing == Passing::positive) {
-      const Source from = source(p, place, at);
+      const Source from = source(p, place, at, pack);
       const auto y = load_some(static_cast<const T*>(code_) + from.offset, from.count, p.packs_of_outputs);
       Pack<T, N> grad;
       memcpy(&grad, w.grad, sizeof(grad));
@@ -220,7 +229,7 @@ class GradientLoader {
 
   const T* grad_y_;
   const void* code_;
-  int32_t pack_, first_, step_, output_;
+  int32_t first_output_, thread_;
   Window<T> ahead_;
 };
 
@@ -267,12 +276,11 @@ class SlotsLoader {
   template <bool kPacks>
   DLFAST_DEVICE void fill(const Params& p, const Place& place, const PositionEntry* positions,
                           unsigned char* patch) const {
-    const int32_t packs = p.block_channels / N;  // a power of two, at most kThreads
-    const int32_t thread = again(thread_), pack = thread % packs;
+    const int32_t thread = again(thread_), pack = thread & ((1 << p.log_channel_packs) - 1);
     const int32_t channel = channel_ + pack * N;
-    const int32_t step = kThreads / packs;
-#pragma unroll 2
-    for (int32_t i = thread / packs; i < p.positions(); i += step) {
+    const int32_t step = kThreads >> p.log_channel_packs;
+#pragma unroll 1
+    for (int32_t i = thread >> p.log_channel_packs; i < p.positions(); i += step) {
       const PositionEntry entry = positions[i];
       const InputSite site(p, place, entry);
       const int32_t count = site.exists ? p.channels - channel : 0;
@@ -293,7 +301,7 @@ class SlotsLoader {
 // time one slot earlier, so that the word of two neighbouring pixels begins at a whole word for any tap.
 template <typename T>
 class PlanesLoader {
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = 3;
 
  public:
   DLFAST_DEVICE PlanesLoader(const Params& p, const T* input, int32_t /*first_channel*/, int32_t thread)
@@ -340,17 +348,19 @@ class PlanesLoader {
 
 // ---- Which pixels exist -------------------------------------------------------------------------------
 
-// Where each pixel of a tile has its numbers in the patch: bytes, of its plane or of all, or kNone.
-// A pixel beyond the convolution output meets no input, not even where the gradient there is zero: zero
-// times NaN would be NaN.
-DLFAST_DEVICE void write_offsets(const Params& p, const Place& place, const PixelEntry* pixels,
-                                 int32_t pitch, int32_t* offsets, int32_t thread) {
+// Where each pixel of a tile has its numbers in the patch, in bytes, of its plane or of all. The sign says that
+// it lies beyond the convolution output: it must meet no input, not even where the gradient there is zero,
+// because zero times NaN is NaN.
+constexpr int32_t kMissing = INT32_MIN;
+
+DLFAST_DEVICE void write_offsets(const Params& p, const Place& place, const PixelEntry* pixels, int32_t pitch,
+                                 int32_t* offsets, int32_t thread) {
   for (int32_t i = again(thread); i < p.pixels; i += kThreads) {
     const PixelEntry entry = pixels[i];
     const bool exists = entry.where >= 0 && place.image + (entry.where >> 24) < p.batch &&
                         place.row + (entry.where >> 12 & 0xfff) < p.pixels_of[0] &&
                         place.column + (entry.where & 0xfff) < p.pixels_of[1];
-    offsets[i] = exists ? entry.slot * pitch : kNone;
+    offsets[i] = entry.slot * pitch | (exists ? 0 : kMissing);
   }
 }
 

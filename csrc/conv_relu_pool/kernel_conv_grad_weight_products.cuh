@@ -33,8 +33,8 @@ struct WarpRole {
   }
 };
 
-// Zeros that pixels meet which do not exist, at the end of what a block has of shared memory.
-constexpr int kZeroBytes = 32;
+// Zeros that missing pixels meet: one for each bank, so that they come from the bank where the pixel would be.
+constexpr int kZeroBytes = 128;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
@@ -99,11 +99,12 @@ class TensorSlots {
       load_gradient<T>(a, view.gradient + gradient_, p.gradient_pitch, step, lane_);
       if constexpr (sizeof(T) == 2) {
         const int32_t offset = view.offsets[step * 16 + lane_ % 16];
-        const uint32_t pixel = shared_address(view.patch + offset), none = shared_address(zeros);
+        const uint32_t patch = shared_address(view.patch), none = shared_address(zeros);
 #pragma unroll
         for (int j = 0; j < kLoads; ++j) {
           uint32_t b[4];
-          load_matrices_transposed(b, offset >= 0 ? pixel + offset_[j] : none);
+          const auto at = static_cast<uint32_t>(offset + offset_[j]);
+          load_matrices_transposed(b, offset >= 0 ? patch + at : none | (at & (kZeroBytes - 16)));
 #pragma unroll
           for (int m = 0; m < kFragments; ++m) {
             multiply_add<T>(sum_[m][2 * j], a[m], b[0], b[1]);
@@ -118,9 +119,9 @@ class TensorSlots {
           uint32_t b[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const unsigned char* at =
-                offset[i] >= 0 ? view.patch + (offset[i] + offset_[j]) : zeros + lane_ / 4 * 4;
-            b[i] = *reinterpret_cast<const uint32_t*>(at);
+            const int32_t at = offset[i] + offset_[j];
+            const unsigned char* from = offset[i] >= 0 ? view.patch + at : zeros + (at & (kZeroBytes - 4));
+            b[i] = *reinterpret_cast<const uint32_t*>(from);
           }
           round_to_tf32(b);
 #pragma unroll
@@ -185,7 +186,7 @@ class TensorPlanes {
           offset = view.offsets[step * 8 + i * 4 + lane_ % 4];
           mask[i] = offset >= 0 ? 0xffffffffu : 0u;
         }
-        pixel[i] = view.patch + max(offset, 0);
+        pixel[i] = view.patch + (offset & ~kMissing);
       }
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {

@@ -57,6 +57,7 @@ struct Params {
   PatchLayout layout;
   Divider<uint32_t> by_channels;
   int32_t block_outputs;               // rows of the product
+  int32_t log_output_packs, log_channel_packs;  // of a block, 16 bytes each
   int32_t block_channels, block_taps;  // columns; with planes all channels, and block_columns instead
   int32_t block_columns;
   int32_t columns_in_warps;            // of a block, those included that do not exist

@@ -18,7 +18,7 @@ namespace {
 template <typename Body>
 __global__ void __launch_bounds__(kThreads, Body::kBlocksPerSm)
     conv_grad_weight_kernel(const __grid_constant__ Body body) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];  // banks are chosen by the last bits of addresses
   body.run(blockIdx.x, static_cast<int32_t>(threadIdx.x), shared);
 }
 

@@ -28,6 +28,12 @@ constexpr int32_t power_of_two(int64_t n) {
   return power;
 }
 
+constexpr int32_t log2_of(int64_t power) {
+  int32_t log = 0;
+  while ((int64_t{1} << log) < power) ++log;
+  return log;
+}
+
 constexpr int64_t kFewChannels = 4;  // as many as planes are for
 constexpr int64_t kMostImages = 127, kMostSide = 4095, kMostPatchSide = 32767, kMostSlots = 1 << 20;
 
@@ -140,6 +146,7 @@ class Planner {
                                                           : Passing::all;
     p.warps_outputs = static_cast<int32_t>(warps_outputs());
     p.block_outputs = static_cast<int32_t>(p.warps_outputs * warp_.outputs);
+    p.log_output_packs = log2_of(p.block_outputs * element_ / 16);
     p.blocks_outputs = static_cast<int32_t>(ceil_div(p.outputs, p.block_outputs));
     // Words of a row of eight outputs, or of four of them in each of four pixels, are in different banks.
     p.gradient_pitch = static_cast<int32_t>(p.block_outputs * element_ + (element_ == 2 ? 16 : 32));
@@ -171,6 +178,7 @@ class Planner {
     p.blocks_columns = static_cast<int32_t>(ceil_div(p.channels, channels) * ceil_div(p.taps(), p.block_taps));
     set_warps(p, p.block_taps * channels);
     const int64_t packs = channels * element_ / 16;
+    p.log_channel_packs = log2_of(packs);
     // An odd number of packs, or two more than a multiple of four, as slots differ modulo 8, or modulo 4.
     const int64_t pitch = element_ == 2 ? packs | 1 : (packs % 4 == 2 ? packs : packs + 2);
     p.slot_pitch = static_cast<int32_t>(pitch * 16);
@@ -244,7 +252,7 @@ class Planner {
     p.image_pitch = static_cast<int32_t>(image);
     const int64_t slots = image * p.images;
     if (!planes_) {
-      p.patch_bytes = static_cast<int32_t>(slots * p.slot_pitch);
+      p.patch_bytes = static_cast<int32_t>(round_up(slots * p.slot_pitch, kZeroBytes));
       return true;
     }
     // Banks of a plane follow those of the one before, as rows do; copies share those of a row.
@@ -253,7 +261,7 @@ class Planner {
     const int64_t plane = congruent(words, int64_t{p.kernel[0]} * row_banks(p), 32);
     p.copy_pitch = static_cast<int32_t>(copy * 4);
     p.plane_pitch = static_cast<int32_t>(plane * 4);
-    p.patch_bytes = static_cast<int32_t>(round_up(plane * 4 * p.channels, 16));
+    p.patch_bytes = static_cast<int32_t>(round_up(plane * 4 * p.channels, kZeroBytes));
     return true;
   }
 
@@ -274,19 +282,19 @@ class Planner {
     int64_t bytes = 0;
     const auto take = [&](int32_t& at, int64_t count) {
       at = static_cast<int32_t>(bytes);
-      bytes = round_up(bytes + count, 16);
+      bytes = round_up(bytes + count, kZeroBytes);
     };
     take(p.at_columns, p.columns_in_warps * static_cast<int64_t>(sizeof(ColumnEntry)));
     take(p.at_offsets, 2 * int64_t{p.pixels} * static_cast<int64_t>(sizeof(int32_t)));
     take(p.at_pixels, p.pixels * static_cast<int64_t>(sizeof(PixelEntry)));
     take(p.at_positions, p.positions() * static_cast<int64_t>(sizeof(PositionEntry)));
-    take(p.at_bias, kThreads * (16 / element_) * static_cast<int64_t>(sizeof(float)));
+    take(p.at_bias, (kThreads * (16 / element_) + 32) * static_cast<int64_t>(sizeof(float)));
     p.gradient_bytes = p.pixels * p.gradient_pitch;
     take(p.at_gradient, 2 * int64_t{p.gradient_bytes});
     // Warps exchange their sums where tiles were.
     const int64_t exchanged = p.warps_pixels > 1 ? warp_.sums * kThreads / 2 * static_cast<int64_t>(sizeof(float)) : 0;
     const int64_t least = (exchanged - 2 * int64_t{p.gradient_bytes}) / 2;
-    if (least > p.patch_bytes) p.patch_bytes = static_cast<int32_t>(round_up(least, 16));
+    if (least > p.patch_bytes) p.patch_bytes = static_cast<int32_t>(round_up(least, kZeroBytes));
     take(p.at_patch, 2 * int64_t{p.patch_bytes} + kZeroBytes);
     return bytes;
   }

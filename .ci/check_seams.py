@@ -11,7 +11,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 STANDARD = r"<[a-z_]+>"  # <vector>, <cstdint>
 COMMON = r'"common/[a-z_0-9]+\.(h|cuh)"'
-OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|relu_pool|conv_\w+|cpu_\w+|launch)\.h"'
+OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|relu_pool|conv_\w+|cpu_\w+|launch\w*)\.h"'
 KERNELS = r'"(conv_relu_pool|optim)/(kernel|launch)_\w+\.cuh"'
 CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 
@@ -30,7 +30,7 @@ RULES = [
         r".*/launch\w*\.cuh?",
         [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>", r"<c10/util/(Exception|StringUtil|Type)\.h>"],
     ),
-    (r".*/launch\.h", [COMMON, OWN, CUDA_RUNTIME]),
+    (r".*/launch\w*\.h", [COMMON, OWN, KERNELS, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
     (
         r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|measure\w*|speed|relu_pool)\.(h|cpp))",

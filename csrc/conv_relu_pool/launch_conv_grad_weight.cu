@@ -1,22 +1,136 @@
 // conv_grad_weight(): launches of the kernels in kernel_conv_grad_weight.cuh.
-#include "conv_relu_pool/conv_cuda.h"
+#include "conv_relu_pool/launch_conv_grad_weight.h"
 
+#include <array>
+#include <mutex>
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/util/Exception.h>
+#include <cuda_runtime.h>
+
+#include "conv_relu_pool/kernel_conv_grad_weight.cuh"
 
 namespace dlfast {
+namespace grad_weight {
+namespace {
 
-bool conv_grad_weight_fits(const CudaConv& /*c*/, const CudaDevice& /*device*/) {
-  return false;
+template <typename Body>
+__global__ void __launch_bounds__(kThreads, Body::kBlocksPerSm)
+    conv_grad_weight_kernel(const __grid_constant__ Body body) {
+  extern __shared__ __align__(128) unsigned char shared[];  // banks are chosen by the last bits of addresses
+  body.run(blockIdx.x, static_cast<int32_t>(threadIdx.x), shared);
 }
 
-int64_t conv_grad_weight_scratch(const CudaConv& /*c*/, const CudaDevice& /*device*/) {
-  return 0;
+// Lets blocks of this body have all shared memory of the device; asked for once per device.
+template <typename Body>
+void allow_shared_memory() {
+  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
+  std::call_once(asked[static_cast<size_t>(c10::cuda::current_device())], [] {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(conv_grad_weight_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(current_cuda_device().shared_bytes)));
+  });
 }
 
-void conv_grad_weight(const CudaConv& /*c*/, const void* /*input*/, const void* /*grad_y*/,
-                      const void* /*code*/, void* /*grad_weight*/, void* /*grad_bias*/, float* /*scratch*/,
-                      void* /*stream*/) {
-  TORCH_CHECK(false, "conv_grad_weight was asked for a problem that it does not take");
+template <typename Body>
+void launch(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
+  conv_grad_weight_kernel<Body><<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes),
+                                  static_cast<cudaStream_t>(stream)>>>(body);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// As op.cpp hands it over.
+struct Call {
+  Plan plan;
+  const void* input;
+  const void* grad_y;
+  const void* code;
+  void* grad_weight;
+  void* grad_bias;
+  float* scratch;
+  void* stream;
+};
+
+bool aligned_to(size_t bytes, const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+template <typename Products>
+void run(const Call& call) {
+  using T = typename Products::T;
+  constexpr int N = kPackSize<T>;
+  PartialSums<Products> body{.p = call.plan.p,
+                             .input = static_cast<const T*>(call.input),
+                             .grad_y = static_cast<const T*>(call.grad_y),
+                             .code = call.code,
+                             .partial = call.scratch};
+  Params& p = body.p;
+  const size_t code_bytes = p.passing == Passing::winners ? N : 16;
+  p.packs_of_outputs = p.outputs % N == 0 && aligned_to(16, call.grad_y) && aligned_to(code_bytes, call.code);
+  p.packs_of_channels = p.channels % N == 0 && aligned_to(16, call.input);
+  allow_shared_memory<PartialSums<Products>>();
+  launch(body, call.plan.blocks(), call.plan.shared_bytes, call.stream);
+
+  const SumOfSplits<T> sum{.weights = p.columns() * p.outputs,
+                           .biases = call.grad_bias == nullptr ? 0 : p.outputs,
+                           .pitch = call.plan.split_pitch(),
+                           .splits = p.splits,
+                           .partial = call.scratch,
+                           .grad_weight = static_cast<T*>(call.grad_weight),
+                           .grad_bias = static_cast<T*>(call.grad_bias)};
+  launch(sum, (sum.weights + sum.biases + 31) / 32, kThreads * static_cast<int64_t>(sizeof(float)), call.stream);
+}
+
+template <typename T>
+void run_kind(const Call& call) {
+  switch (call.plan.kind) {
+    case Kind::tensor_slots:
+      return run<TensorSlots<T>>(call);
+    case Kind::tensor_planes:
+      return run<TensorPlanes<T, 4>>(call);
+    case Kind::tensor_planes_narrow:
+      return run<TensorPlanes<T, 2>>(call);
+    case Kind::fma_slots:
+      return run<Fma<T, SlotsLoader<T>>>(call);
+    case Kind::fma_planes:
+      return run<Fma<T, PlanesLoader<T>>>(call);
+  }
+}
+
+}  // namespace
+}  // namespace grad_weight
+
+bool conv_grad_weight_fits(const CudaConv& c, const CudaDevice& device) {
+  return grad_weight::plan_of(c, device).has_value();
+}
+
+int64_t conv_grad_weight_scratch(const CudaConv& c, const CudaDevice& device) {
+  const auto plan = grad_weight::plan_of(c, device);
+  return plan ? plan->p.splits * plan->split_pitch() : 0;
+}
+
+void conv_grad_weight(const CudaConv& c, const void* input, const void* grad_y, const void* code,
+                      void* grad_weight, void* grad_bias, float* scratch, void* stream) {
+  const auto plan = grad_weight::plan_of(c, current_cuda_device());
+  TORCH_CHECK(plan, "conv_grad_weight was asked for a problem that it does not take");
+  const grad_weight::Call call{.plan = *plan,
+                               .input = input,
+                               .grad_y = grad_y,
+                               .code = code,
+                               .grad_weight = grad_weight,
+                               .grad_bias = grad_bias,
+                               .scratch = scratch,
+                               .stream = stream};
+  switch (c.dtype) {
+    case Dtype::float32:
+      return grad_weight::run_kind<float>(call);
+    case Dtype::float16:
+      return grad_weight::run_kind<__half>(call);
+    case Dtype::bfloat16:
+      return grad_weight::run_kind<__nv_bfloat16>(call);
+    case Dtype::float64:
+      break;  // not taken
+  }
 }
 
 }  // namespace dlfast

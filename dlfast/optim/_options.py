@@ -76,6 +76,16 @@ class Extras:
                 "master_weights and stochastic_rounding exclude each other: masters keep what rounding loses"
             )
 
+    @property
+    def rounds_states(self) -> bool:
+        """Whether states are rounded at random."""
+        return self.state_dtype in (torch.bfloat16, "int8")
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers."""
+        return self.stochastic_rounding or self.rounds_states
+
     @staticmethod
     def check_changed(name: str, value: Any) -> None:
         if name not in CHANGEABLE:

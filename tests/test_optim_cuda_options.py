@@ -23,7 +23,6 @@ SHAPES = [(37,), (17, 5), (), (0, 2), (259,), (3, 1400)]
 STEPS = 4
 LOW = [torch.bfloat16, torch.float16]
 EXTRAS = {
-    "plain": {},
     "clip": {"max_grad_norm": 20.0, "max_grad_value": 1.5},
     "tail": {"max_grad_norm": 5.0, "ema_decay": 0.9, "zero_grad_after_step": True},
 }
@@ -76,7 +75,11 @@ def count_differing(opt, params, other_opt, others):
             assert value.dtype == ours[key].dtype
             if key == "step":
                 assert ours[key].item() == value.item()
-            elif value.dtype in (torch.uint8, torch.int16, *LOW):
+            elif key == "master_low":
+                masters = [_formats.join_halves(t.detach().cpu(), v.cpu()) for t, v in ((a, ours[key]), (b, value))]
+                differing += (~torch.isclose(*masters, rtol=1e-4, atol=1e-5)).sum().item()
+                total += value.numel()
+            elif value.dtype in (torch.uint8, *LOW):
                 differing += (ours[key].cpu() != value.cpu()).sum().item()
                 total += value.numel()
             else:
@@ -88,9 +91,9 @@ def count_differing(opt, params, other_opt, others):
 @pytest.mark.parametrize(
     ("dtype", "extras"),
     [
-        *((torch.float32, extras) for extras in EXTRAS if extras != "plain"),
+        *((torch.float32, extras) for extras in EXTRAS),
         (torch.float64, "tail"),
-        (torch.bfloat16, "plain"),
+        (torch.bfloat16, "clip"),
         (torch.bfloat16, "tail"),
         (torch.float16, "clip"),
     ],

@@ -40,7 +40,7 @@ DLFAST_DEVICE double sum_of_parts(const double* parts, int64_t count, int stride
 struct SumShared {
   TensorRef tensor;
   double unscale;
-  bool last;
+  bool last, skip;
   double room[kWarps];
 };
 
@@ -109,16 +109,20 @@ DLFAST_DEVICE void norm_block(const Table& table, const StepScalars& s, int inde
 
 // Block `block` of a launch with one for each tensor: from what Pass::measure has left, the quotient of the
 // norms of parameter and direction.
-DLFAST_DEVICE void trust_block(const Table& table, const StepMemory& memory, unsigned block, int thread,
+DLFAST_DEVICE void trust_block(const Table& table, const StepScalars& s, unsigned block, int thread,
                                SumShared& shared) {
-  if (thread == 0) shared.tensor = table.all()[block];
+  if (thread == 0) {
+    shared.tensor = table.all()[block];
+    shared.skip = verdict_of(s).skip;
+  }
   __syncthreads();
+  if (shared.skip) return;  // nothing was measured
   const int64_t units = units_of(shared.tensor.numel, kUnit);
-  const double* parts = memory.parts + 2 * shared.tensor.first_unit;
+  const double* parts = s.memory.parts + 2 * shared.tensor.first_unit;
   const double of_param = sum_of_parts(parts, units, 2, thread, shared.room);
   const double of_direction = sum_of_parts(parts + 1, units, 2, thread, shared.room);
   if (thread != 0) return;
-  memory.trust[block] = of_param > 0 && of_direction > 0 ? sqrt(of_param / of_direction) : 1;
+  s.memory.trust[block] = of_param > 0 && of_direction > 0 ? sqrt(of_param / of_direction) : 1;
 }
 
 }  // namespace dlfast::optim

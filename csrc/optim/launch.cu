@@ -135,7 +135,7 @@ void step_cuda(CudaStep& step) {
     s.last_launch = ends_step && last;
     if (measures(step.algorithm)) {
       launch_measure(step.algorithm, step.number, table, s, grid_of(units));
-      launch_trust(table, s.memory, grid_of(table.count));
+      launch_trust(table, s, grid_of(table.count));
     }
     (plain ? launch_plain : launch_full)(step.algorithm, step.number, table, s, grid_of(units));
     s.memory.norm = nullptr;  // told once

@@ -22,6 +22,6 @@ void launch_full(Algorithm algorithm, Format number, const Table& table, const S
 // launch_norm.cu: see norm_block and trust_block; the measuring pass of rules that have one.
 void launch_norm(Format number, const Table& table, const StepScalars& s, int index, bool adds, Grid grid);
 void launch_measure(Algorithm algorithm, Format number, const Table& table, const StepScalars& s, Grid grid);
-void launch_trust(const Table& table, const StepMemory& memory, Grid grid);
+void launch_trust(const Table& table, const StepScalars& s, Grid grid);
 
 }  // namespace dlfast::optim

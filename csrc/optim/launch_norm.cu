@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    trust_kernel(const __grid_constant__ Table table, const __grid_constant__ StepMemory memory) {
+    trust_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s) {
   __shared__ SumShared shared;
-  trust_block(table, memory, blockIdx.x, static_cast<int>(threadIdx.x), shared);
+  trust_block(table, s, blockIdx.x, static_cast<int>(threadIdx.x), shared);
 }
 
 }  // namespace
@@ -50,8 +50,8 @@ void launch_measure(Algorithm algorithm, Format number, const Table& table, cons
   });
 }
 
-void launch_trust(const Table& table, const StepMemory& memory, Grid grid) {
-  trust_kernel<<<grid.blocks, kThreads, 0, grid.stream>>>(table, memory);
+void launch_trust(const Table& table, const StepScalars& s, Grid grid) {
+  trust_kernel<<<grid.blocks, kThreads, 0, grid.stream>>>(table, s);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -48,6 +48,7 @@ class Checkpoint(torch.optim.Optimizer):
     _random_step: int
     _prepared: dict[Any, Any]
     _checked: list[Any]
+    _all_states: list[Tensor]
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -108,9 +109,14 @@ class Checkpoint(torch.optim.Optimizer):
         super().__setstate__(state)
         self._prepared = {}
         self._checked = []
+        self._list_params()
+        self._all_states = []
         self._extras.changed = True
 
     def _set_extras(self, extra: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _list_params(self) -> None:
         raise NotImplementedError
 
     def _random_steps_taken(self) -> int:

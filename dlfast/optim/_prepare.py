@@ -79,6 +79,9 @@ class Preparing(Checkpoint):
 
     _algorithm: str  # its name in step.h
     _unsigned: frozenset[str] = frozenset()  # states that are never negative
+    _all_params: list[Tensor]
+    _all_states: list[Tensor]
+    _traceable: bool
     _needs_whole_tensors = False  # its update of a number depends on the rest of the tensor
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -308,6 +311,17 @@ class Preparing(Checkpoint):
         except RuntimeError:
             self.param_groups.pop()
             raise
+        finally:
+            self._list_params()
+
+    def _list_params(self) -> None:
+        self._all_params = [p for group in self.param_groups for p in group["params"]]
+        # Of other subclasses of Tensor a graph takes the parts, not the whole.
+        self._traceable = all(type(p) in PLAIN_TYPES for p in self._all_params)
+
+    def _list_states(self) -> list[Tensor]:
+        """All tensors in `state` that a step writes."""
+        return [v for entry in self.state.values() for v in entry.values() if isinstance(v, Tensor)]
 
 
 def _without_gaps(p: Tensor) -> bool:

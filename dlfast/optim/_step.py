@@ -22,6 +22,7 @@ from dlfast.optim._device import Kept, OnDevice
 from dlfast.optim._members import PlainOptions, plain_step, sharded_over, unscaled
 from dlfast.optim._options import Extras, extra_option
 from dlfast.optim._prepare import Bucket, Prepared
+from dlfast.optim._traced import register, traced_step
 
 
 class FusedStep(OnDevice):
@@ -50,6 +51,11 @@ class FusedStep(OnDevice):
         self._swapped = False
         self._skipped = False
         self._kept: dict[torch.device, Kept] = {}
+        self._handle = register(self)
+        # For steps that torch.compile traces: what a graph takes as inputs.
+        self._all_params: list[Tensor] = []
+        self._all_states: list[Tensor] = []
+        self._traceable = True
         self.grad_norm: Tensor | None = None
         """Norm of all gradients at the last step taken, unscaled and before clipping; None where not measured."""
 
@@ -124,6 +130,8 @@ class FusedStep(OnDevice):
                 has been changed then.
             ValueError: a hyper-parameter has become invalid; nothing has been changed then.
         """
+        if torch.compiler.is_dynamo_compiling() and self._traceable and not self._has_hooks():
+            return traced_step(self, closure)
         if self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._unobserved_step(closure)
@@ -132,14 +140,16 @@ class FusedStep(OnDevice):
     # small network: that wrapper is used only where there is something to see.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _is_observed(self) -> bool:
+    def _has_hooks(self) -> bool:
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or optimizer_module._global_optimizer_pre_hooks
             or optimizer_module._global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
         )
+
+    def _is_observed(self) -> bool:
+        return self._has_hooks() or torch._C._autograd._profiler_enabled()
 
     def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -232,6 +242,7 @@ class FusedStep(OnDevice):
         ):
             prepared = self._prepare(only, new)
             self.state.update(new)
+            self._all_states = self._list_states()
         skipped = True
         try:
             skipped = self._run(prepared, scale, found_inf)

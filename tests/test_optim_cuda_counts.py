@@ -1,7 +1,8 @@
-"""Launches and memory traffic of CUDA steps, as the emulator counts them in a process of their own."""
+"""Launches and memory traffic of CUDA steps, as the emulator counts them: one process for each of both."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,96 +19,93 @@ pytestmark = [
         reason="the CUDA emulator counts, a GPU does not",
     ),
 ]
-SECTOR = 32
-# Tensors that fill what the arguments of a kernel hold, and more; lengths that no vector width divides.
-FEW, MANY = 4, 40
-NUMEL = 20_011
-
 PROGRAM = """
-import torch, dlfast.optim
+import sys, torch, dlfast.optim
 from torch import nn
 torch.manual_seed(0)
-params = [nn.Parameter(torch.randn({numel}, device="cuda", dtype={dtype})) for _ in range({tensors})]
-for p in params:
-    p.grad = torch.randn_like(p)
-opt = dlfast.optim.{name}(params, lr=0.01, **{extra})
-{before}
-opt.step()
-assert not any(p.isnan().any() for p in params)
+for case, (name, dtype, tensors, numel, extra, scale) in enumerate({cases}):
+    params = [nn.Parameter(torch.randn(numel, device="cuda", dtype=dtype)) for _ in range(tensors)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    opt = getattr(dlfast.optim, name)(params, lr=0.01, **extra)
+    if scale:
+        opt.grad_scale = torch.tensor(2.0, device="cuda")
+    print("case", case, file=sys.stderr, flush=True)
+    opt.step()
+    assert not any(p.isnan().any() for p in params)
 """
 
+TAIL = {"ema_decay": 0.9, "max_grad_value": 1.0, "zero_grad_after_step": True, "state_dtype": "int8"}
+# Algorithm, options, whether it looks for infinities; kernels.
+LAUNCHES = [
+    ("AdamW", {}, False, ["plain_step"]),
+    ("AdamW", TAIL, False, ["full_step"]),
+    ("SGD", {"momentum": 0.9, "max_grad_norm": 1.0}, False, ["grad_norm", "full_step"]),
+    ("Adam", {}, True, ["grad_norm", "full_step"]),
+    ("Lion", {**TAIL, "max_grad_norm": 1.0}, True, ["grad_norm", "full_step"]),
+    ("LAMB", {}, False, ["measure", "trust", "full_step"]),
+    ("LAMB", {"max_grad_norm": 1.0}, False, ["grad_norm", "measure", "trust", "full_step"]),
+]
+# Algorithm, dtype, options, kernel; bytes of an element that have to be read and written. No kernel twice.
+NUMEL, TENSORS = 20_011, 4
+TRAFFIC = [
+    ("SGD", torch.float32, {"momentum": 0.9}, "plain_step_kernel<dlfast::optim::Sgd, float>", 12, 8),
+    ("Adam", torch.float32, {}, "plain_step_kernel<dlfast::optim::Adam, float>", 16, 12),
+    ("Adam", torch.float64, {}, "plain_step_kernel<dlfast::optim::Adam, double>", 32, 24),
+    ("Adam", torch.bfloat16, {}, "plain_step_kernel<dlfast::optim::Adam, __nv_bfloat16>", 8, 6),
+    (
+        "Adam",
+        torch.float32,
+        {"ema_decay": 0.9, "zero_grad_after_step": True},
+        "full_step_kernel<dlfast::optim::Adam, float>",
+        20,
+        20,
+    ),
+    (
+        "Adam",
+        torch.bfloat16,
+        {"master_weights": True, "state_dtype": torch.float32},
+        "full_step_kernel<dlfast::optim::Adam, __nv_bfloat16>",
+        14,
+        12,
+    ),
+    ("Lion", torch.float32, {"state_dtype": "int8"}, "full_step_kernel<dlfast::optim::Lion, float>", 9.02, 5.02),
+    ("RMSprop", torch.float32, {"max_grad_norm": 1.0}, "grad_norm_kernel<float>", 4, 0),
+]
 
-def profile(tmp_path, name, dtype=torch.float32, tensors=FEW, numel=NUMEL, before="", **extra):
-    """The kernels of one step: {name up to its template arguments: counters}."""
+
+def run(cases, **environment):
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(cases=cases)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stderr
+
+
+def test_launches_of_a_step():
+    """The same for any number of tensors: here some in arguments, and more than these hold."""
+    cases = [(name, torch.float32, tensors, 300, extra, scale)
+             for tensors in (4, 40) for name, extra, scale, _ in LAUNCHES]  # fmt: skip
+    parts = re.split(r"^case \d+$", run(cases, CUDA_EMULATOR_TRACE="1"), flags=re.MULTILINE)[1:]
+    found = [re.findall(r"(\w+)_kernel(?:<.*>)?\(", part) for part in parts]
+    assert found == 2 * [kernels for *_, kernels in LAUNCHES]
+
+
+def test_memory_traffic_is_what_it_must_be(tmp_path):
     file = tmp_path / "profile.json"
-    program = PROGRAM.format(name=name, dtype=dtype, tensors=tensors, numel=numel, before=before, extra=extra)
-    environment = {**os.environ, "CUDA_EMULATOR_PROFILE": str(file)}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
-    kernels = {}
-    for kernel in json.loads(file.read_text())["kernels"]:
-        short = kernel["name"].split("<dlfast")[0].split("::")[-1].split("<")[0].split("(")[0]
-        assert short not in kernels
-        kernels[short] = kernel
-    return kernels
-
-
-def launches(kernels):
-    return {name: kernel["launches"] for name, kernel in kernels.items()}
-
-
-@pytest.mark.parametrize("tensors", [FEW, MANY])
-@pytest.mark.parametrize(
-    ("name", "extra", "expected"),
-    [
-        ("AdamW", {}, {"plain_step_kernel": 1}),
-        (
-            "AdamW",
-            {"ema_decay": 0.9, "max_grad_value": 1.0, "zero_grad_after_step": True, "state_dtype": "int8"},
-            {"full_step_kernel": 1},
-        ),
-        ("SGD", {"momentum": 0.9, "max_grad_norm": 1.0}, {"grad_norm_kernel": 1, "full_step_kernel": 1}),
-        ("LAMB", {}, {"measure_kernel": 1, "trust_kernel": 1, "full_step_kernel": 1}),
-        (
-            "LAMB",
-            {"max_grad_norm": 1.0},
-            {"grad_norm_kernel": 1, "measure_kernel": 1, "trust_kernel": 1, "full_step_kernel": 1},
-        ),
-    ],
-    ids=str,
-)
-def test_launches_of_a_step(tmp_path, name, extra, expected, tensors):
-    """Whatever the number of tensors."""
-    assert launches(profile(tmp_path, name, tensors=tensors, numel=300, **extra)) == expected
-
-
-def test_infinities_are_looked_for_in_one_launch_more(tmp_path):
-    kernels = profile(tmp_path, "Adam", numel=300, before='opt.grad_scale = torch.tensor(2.0, device="cuda")')
-    assert launches(kernels) == {"grad_norm_kernel": 1, "full_step_kernel": 1}
-
-
-def traffic(kernel):
-    return SECTOR * (kernel["global_read"]["sectors"] + kernel["global_write"]["sectors"])
-
-
-# Bytes of an element that have to be read and written.
-@pytest.mark.parametrize(
-    ("name", "dtype", "extra", "kernel", "read", "written"),
-    [
-        ("SGD", torch.float32, {}, "plain_step_kernel", 8, 4),
-        ("SGD", torch.float32, {"momentum": 0.9}, "plain_step_kernel", 12, 8),
-        ("Adam", torch.float32, {}, "plain_step_kernel", 16, 12),
-        ("Adam", torch.float64, {}, "plain_step_kernel", 32, 24),
-        ("Adam", torch.bfloat16, {}, "plain_step_kernel", 8, 6),
-        ("Adam", torch.float32, {"ema_decay": 0.9, "zero_grad_after_step": True}, "full_step_kernel", 20, 20),
-        ("Adam", torch.bfloat16, {"master_weights": True, "state_dtype": torch.float32}, "full_step_kernel", 14, 12),
-        ("Adam", torch.float32, {"state_dtype": "int8"}, "full_step_kernel", 10 + 8 / 256, 6 + 8 / 256),
-        ("Adam", torch.float32, {"max_grad_norm": 1.0}, "grad_norm_kernel", 4, 0),
-    ],
-    ids=str,
-)
-def test_memory_traffic_is_what_it_must_be(tmp_path, name, dtype, extra, kernel, read, written):
-    counted = profile(tmp_path, name, dtype, **extra)[kernel]
-    ideal = FEW * NUMEL * (read + written)
-    assert ideal <= counted["footprint_read_bytes"] + counted["footprint_written_bytes"] <= 1.01 * ideal
-    assert traffic(counted) <= 1.05 * ideal
-    assert counted["shared_write"]["extra_wavefronts"] <= counted["shared_write"]["instructions"]
+    cases = [(name, dtype, TENSORS, NUMEL, extra, False) for name, dtype, extra, *_ in TRAFFIC]
+    run(cases, CUDA_EMULATOR_PROFILE=str(file))
+    kernels = {k["name"].split("::", 3)[-1].split("(dlfast")[0]: k for k in json.loads(file.read_text())["kernels"]}
+    for *_, name, read, written in TRAFFIC:
+        counted = kernels[name]
+        assert counted["launches"] == 1
+        sectors = counted["global_read"]["sectors"] + counted["global_write"]["sectors"]
+        ideal = TENSORS * NUMEL * (read + written)
+        # The table, counters and sectors that a tensor's end leaves open come on top.
+        touched = counted["footprint_read_bytes"] + counted["footprint_written_bytes"]
+        assert ideal <= touched <= 1.01 * ideal, name
+        assert ideal <= 32 * sectors <= 1.05 * ideal, name

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dlfast._native import native
 from dlfast.optim._prepare import Bucket, Prepared, Preparing, refuse_under_capture
+from dlfast.optim._zero import Shards
 
 
 @dataclass
@@ -28,6 +29,15 @@ class OnDevice(Preparing):
     grad_norm: Tensor | None
     _kept: dict[torch.device, Kept]
     _skipped: bool | Tensor
+    _shards: Shards | None
+
+    def _norm_is_shared(self) -> bool:
+        """Whether a step measures what other processes hold, too, so that all of them must take part."""
+        if self._shards is None:
+            return False
+        values = vars(self)
+        finds_inf = values.get("grad_scale") is not None and values.get("found_inf") is None
+        return finds_inf or self._extras.max_grad_norm is not None
 
     def _hyper(self) -> list[tuple[float, ...]]:
         raise NotImplementedError
@@ -91,7 +101,8 @@ class OnDevice(Preparing):
             memory.hyper = _on_device(numbers, device) if on_device else None
             if fill is not None:
                 fill(memory, device)
-        apart = len(memories) > 1 or any(b.mesh_dims for b in buckets)
+        shards = self._shards
+        apart = len(memories) > 1 or shards is not None or any(b.mesh_dims for b in buckets)
         done: bool = native.module.run_cuda(
             [b.plan for b in buckets],
             [b.grads() for b in buckets],
@@ -99,7 +110,7 @@ class OnDevice(Preparing):
             self.state,
             hyper,
             options,
-            (lambda: _exchange(buckets, memories)) if apart else None,
+            (lambda: _exchange(buckets, memories, shards)) if apart else None,
         )
         return done
 
@@ -123,7 +134,7 @@ class OnDevice(Preparing):
             kept.random_steps.zero_()
 
 
-def _exchange(buckets: list[Bucket], memories: dict[torch.device, Any]) -> None:
+def _exchange(buckets: list[Bucket], memories: dict[torch.device, Any], shards: Shards | None) -> None:
     """Add the squares of what other processes and other devices hold."""
     index = dict.fromkeys(memories, 0)
     for bucket in buckets:
@@ -135,6 +146,13 @@ def _exchange(buckets: list[Bucket], memories: dict[torch.device, Any]) -> None:
         parts = [memory.squares for memory in memories.values()]
         for device, memory in memories.items():
             memory.squares = torch.cat([part.to(device, non_blocking=True) for part in parts])
+    if shards is not None:
+        for memory in memories.values():
+            memory.squares = memory.squares.sum().view(1)
+        total = next(iter(memories.values())).squares
+        shards.add(total)
+        for device, memory in memories.items():
+            memory.squares = total.to(device, non_blocking=True)
 
 
 def _on_device(rows: list[tuple[Any, ...]], device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dlfast.optim._zero import refuse_clearing
+
 if TYPE_CHECKING:
     from typing_extensions import TypedDict
 
@@ -104,6 +106,8 @@ def extra_option(name: str) -> Any:
         Extras.check_changed(name, value)
         if name == "ema_decay" and (value is None) != (optimizer._extras.ema_decay is None):
             raise AttributeError("ema_decay can be changed, but not switched on or off after construction")
+        if name == "zero_grad_after_step" and value and optimizer._shards is not None:
+            refuse_clearing()
         setattr(optimizer._extras, name, value)
         optimizer._extras.changed = True
 

@@ -23,6 +23,7 @@ from dlfast.optim._members import PlainOptions, plain_step, sharded_over, unscal
 from dlfast.optim._options import Extras, extra_option
 from dlfast.optim._prepare import Bucket, Prepared
 from dlfast.optim._traced import register, traced_step
+from dlfast.optim._zero import refuse_clearing, shards
 
 
 class FusedStep(OnDevice):
@@ -43,6 +44,9 @@ class FusedStep(OnDevice):
     def _set_extras(self, extra: dict[str, Any]) -> None:
         """Before the constructor of ``torch.optim``, which adds the groups."""
         self._extras = Extras(**extra)
+        self._shards = shards()
+        if self._shards is not None and self._extras.zero_grad_after_step:
+            refuse_clearing()
         self._seed = torch.initial_seed() & (2**64 - 1)
         self._random_step = 0
         self._prepared: dict[Tensor | None, Prepared] = {}
@@ -170,7 +174,7 @@ class FusedStep(OnDevice):
         scale: Tensor | None = values.get("grad_scale")
         found_inf: Tensor | None = values.get("found_inf")
         prepared = self._prepared.get(only)
-        if prepared is None or prepared.asked != self._asked():
+        if prepared is None or prepared.asked != self._asked() or self._norm_is_shared():
             done = False
         elif (bucket := prepared.alone()) is not None and bucket.device.type == "cpu":
             done = self._run_alone(bucket, only, scale, found_inf)
@@ -258,7 +262,8 @@ class FusedStep(OnDevice):
     def _run(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Take the step; whether it was skipped, where the host knows."""
         finds_inf = scale is not None and found_inf is None
-        if not prepared.on_host():
+        shared = self._norm_is_shared()
+        if not prepared.on_host() and (prepared.buckets or not shared):
             if not self._run_on_device(prepared, scale, found_inf):
                 raise RuntimeError("a parameter, gradient or state changed while the step was being taken")
             return False
@@ -267,7 +272,7 @@ class FusedStep(OnDevice):
             return True
         unscale = 1.0 if scale is None else 1.0 / scale.item()
         options = self._options_now(unscale, finds_inf)
-        alone = prepared.alone()
+        alone = None if shared else prepared.alone()
         if alone is not None:
             norm, skipped = alone.plan.run(self.state, hyper, options, None)
             if not skipped:
@@ -330,6 +335,10 @@ class FusedStep(OnDevice):
         for m in prepared.plain:
             dtypes.add(m.param.dtype)
             total += _reduced(_squares(unscaled(m, plain_options)), *sharded_over(m.key))
+        if self._shards is not None:
+            squares = torch.tensor(total, dtype=torch.float64, device=self._shards.device)
+            self._shards.add(squares)
+            total = squares.item()
         dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         return torch.tensor(math.sqrt(total) if total == total else math.nan, dtype=dtype)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 STANDARD = r"<[a-z_]+>"  # <vector>, <cstdint>
 COMMON = r'"common/[a-z_0-9]+\.(h|cuh)"'
-OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|relu_pool|conv_\w+|cpu_\w+|launch\w*)\.h"'
+OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|formats|relu_pool|conv_\w+|cpu_\w+|launch\w*)\.h"'
 KERNELS = r'"(conv_relu_pool|optim)/(kernel|launch)_\w+\.cuh"'
 CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 
@@ -20,7 +20,7 @@ RULES = [
     (r"common/portability\.h", [r"<cuda_\w+\.h>", COMMON]),
     (r"common/launch_check\.h", [r"<c10/cuda/CUDAException\.h>", r"<c10/util/Exception\.h>"]),
     (r"common/\w+\.h", [COMMON, r"<cuda_\w+\.h>"]),
-    (r".*/(params|step|conv_\w+)\.h", [COMMON, OWN]),
+    (r".*/(params|step|formats|conv_\w+)\.h", [COMMON, OWN]),
     (
         r".*/cpu_\w+\.(h|cpp)",
         [COMMON, OWN, r"<immintrin\.h>", r"<omp\.h>", r"<ATen/Parallel\.h>", r"<c10/util/(BFloat16|Half)\.h>"],
@@ -30,7 +30,7 @@ RULES = [
         r".*/launch\w*\.cuh?",
         [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>", r"<c10/util/(Exception|StringUtil|Type)\.h>"],
     ),
-    (r".*/launch\w*\.h", [COMMON, OWN, KERNELS, CUDA_RUNTIME]),
+    (r".*/launch\w*\.h", [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/util/StringUtil\.h>"]),
     # The Torch side: anything but a kernel body.
     (
         r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|measure\w*|speed|relu_pool)\.(h|cpp))",
@@ -53,7 +53,7 @@ def violations(path: Path) -> list[str]:
             found.append(f"csrc/{name}:{number}: launches belong in launch*.cu")
     # Every launch has its error raised, with its name: see common/launch_check.h.
     text = path.read_text()
-    if path.name.startswith("launch") and "<<<" in text and not re.search(r"\b(check_launch|launch_conv)\b", text):
+    if path.name.startswith("launch") and "<<<" in text and not re.search(r"\b(check_launch|check_step|launch_conv)\b", text):
         found.append(f"csrc/{name}: launches a kernel without check_launch")
     if "C10_CUDA_KERNEL_LAUNCH_CHECK" in text and name != "common/launch_check.h":
         found.append(f"csrc/{name}: check_launch names the kernel, C10_CUDA_KERNEL_LAUNCH_CHECK does not")

@@ -74,6 +74,51 @@ def zero(rank):
         assert len(opt.state_dict()["state"]) == 6
 
 
+def zero_norm(rank):
+    """Each process holds a part of the parameters; the norm is that of all, and an infinity anywhere skips the
+    step everywhere."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for name in ("AdamW", "SGD"):
+        model = nn.parallel.DistributedDataParallel(network())
+        make = {"optimizer_class": getattr(dlfast.optim, name), "lr": 0.01}
+        opt = ZeroRedundancyOptimizer(model.parameters(), **make, max_grad_norm=0.5)
+        plain = ZeroRedundancyOptimizer(model.parameters(), **make, max_grad_norm=0.5, fused=False)
+        expected, norms = alone(lambda ps, name=name: (getattr(torch.optim, name)(ps, lr=0.01), 0.5), rank)
+        for (x, _), norm in zip(batches(rank), norms, strict=True):
+            opt.zero_grad()
+            loss_of(model, x).backward()
+            opt.step()
+            torch.testing.assert_close(opt.optim.grad_norm, norm, rtol=1e-4, atol=0)
+        check(model.parameters(), expected)
+        before = [p.detach().clone() for p in model.parameters()]
+        for o in (opt, plain):
+            o.optim.grad_scale = torch.tensor(2.0)
+            held = o.optim.param_groups[0]["params"]
+            kept = held[0].grad.clone()
+            if rank == 1:
+                held[0].grad[0] = float("inf")
+            o.step()
+            assert o.optim.step_was_skipped
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+            held[0].grad.copy_(kept)
+        plain.step()
+        assert not plain.optim.step_was_skipped
+        torch.testing.assert_close(plain.optim.grad_norm, norms[-1] / 2, rtol=1e-4, atol=0)
+
+    # A process without parameters takes part in the norm.
+    lonely = nn.Parameter(torch.ones(3))
+    opt = ZeroRedundancyOptimizer([lonely], optimizer_class=dlfast.optim.SGD, lr=1.0, max_grad_norm=1.0)
+    lonely.grad = torch.full((3,), 2.0)
+    opt.step()
+    torch.testing.assert_close(lonely.detach(), torch.full((3,), 1 - 3**-0.5))
+    torch.testing.assert_close(opt.optim.grad_norm, torch.tensor(12.0).sqrt())
+    with pytest.raises(RuntimeError, match="zero_grad_after_step"):
+        ZeroRedundancyOptimizer([lonely], optimizer_class=dlfast.optim.SGD, lr=1.0, zero_grad_after_step=True)
+    with pytest.raises(RuntimeError, match="zero_grad_after_step"):
+        opt.optim.zero_grad_after_step = True
+
+
 def sharded(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -145,7 +190,7 @@ def main():
     if case == "checkpoint":
         checkpoint(rank, file + ".checkpoint")
     else:
-        {"ddp": ddp, "zero": zero, "fsdp": fsdp}[case](rank)
+        {"ddp": ddp, "zero": zero, "zero_norm": zero_norm, "fsdp": fsdp}[case](rank)
     dist.destroy_process_group()
 
 

@@ -29,6 +29,7 @@ DLFAST_PHILOX void philox_multiply(V a, uint32_t b, V& high, V& low) {
     high = static_cast<uint32_t>(product >> 32);
     low = static_cast<uint32_t>(product);
   } else {
+#ifndef __CUDACC__  // which knows no vectors
     // In pairs of lanes as 64-bit numbers: that is what the multiplier of x86 takes.
     typedef uint64_t Wide __attribute__((vector_size(sizeof(V))));
     Wide pairs;
@@ -40,6 +41,7 @@ DLFAST_PHILOX void philox_multiply(V a, uint32_t b, V& high, V& low) {
     const Wide down = (even & kLow) | (odd << 32);
     __builtin_memcpy(&high, &up, sizeof(V));
     __builtin_memcpy(&low, &down, sizeof(V));
+#endif
   }
 }
 

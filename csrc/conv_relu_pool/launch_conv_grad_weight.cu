@@ -7,8 +7,11 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+#include <c10/util/Type.h>
 #include <cuda_runtime.h>
 
+#include "common/launch_check.h"
 #include "conv_relu_pool/kernel_conv_grad_weight.cuh"
 
 namespace dlfast {
@@ -27,7 +30,8 @@ template <typename Body>
 void allow_shared_memory() {
   static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
   std::call_once(asked[static_cast<size_t>(c10::cuda::current_device())], [] {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(conv_grad_weight_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    C10_CUDA_CHECK(cudaFuncSetAttribute(conv_grad_weight_kernel<Body>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(current_cuda_device().shared_bytes)));
   });
 }
@@ -36,7 +40,10 @@ template <typename Body>
 void launch(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
   conv_grad_weight_kernel<Body><<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes),
                                   static_cast<cudaStream_t>(stream)>>>(body);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch([&] {
+    return c10::str("in the kernel of ", c10::demangle_type<Body>(), ", ", blocks, " blocks of ", kThreads,
+                    " threads with ", shared_bytes, " bytes of shared memory");
+  });
 }
 
 // As op.cpp hands it over.
@@ -78,7 +85,8 @@ void run(const Call& call) {
                            .partial = call.scratch,
                            .grad_weight = static_cast<T*>(call.grad_weight),
                            .grad_bias = static_cast<T*>(call.grad_bias)};
-  launch(sum, (sum.weights + sum.biases + 31) / 32, kThreads * static_cast<int64_t>(sizeof(float)), call.stream);
+  launch(sum, (sum.weights + sum.biases + 31) / 32, kThreads * static_cast<int64_t>(sizeof(float)),
+         call.stream);
 }
 
 template <typename T>
@@ -101,7 +109,7 @@ void run_kind(const Call& call) {
 }  // namespace grad_weight
 
 bool conv_grad_weight_fits(const CudaConv& c, const CudaDevice& device) {
-  return grad_weight::plan_of(c, device).has_value();
+  return c.p.pool.channels_last && grad_weight::plan_of(c, device).has_value();
 }
 
 int64_t conv_grad_weight_scratch(const CudaConv& c, const CudaDevice& device) {

@@ -40,12 +40,13 @@ constexpr int64_t kMostImages = 127, kMostSide = 4095, kMostPatchSide = 32767, k
 // What a warp of each kind multiplies, and the time it takes.
 struct WarpShape {
   int64_t outputs, columns;
-  int64_t sums;         // of a thread
+  int64_t sums;  // of a thread
   int64_t step_pixels;
-  double step_cycles;   // while all eight warps of a block take a step
+  double step_cycles;  // while all eight warps of a block take a step
 };
 
-// Two warps on each of four tensor cores, which need 8 cycles for an mma; fused multiply-adds of a warp need 2.
+// Two warps on each of four tensor cores, which need 8 cycles for an mma; fused multiply-adds of a warp
+// need 2.
 template <typename Products>
 WarpShape tensor_warp() {
   return {Products::kOutputs, Products::kColumns, Products::kSums, kStepPixels<typename Products::T>,
@@ -90,8 +91,9 @@ bool accepts(const CudaConv& c) {
     if (pool.pool == Pool::max && (!disjoint || window.stride[axis] > 8)) return false;
   }
   const auto& [height, width] = conv.input_size;
-  return std::max({conv.batch, conv.in_channels * conv.positions(), conv.out_channels, height + conv.padding[0],
-                   width + conv.padding[1], conv.stride[0], conv.stride[1]}) < (int64_t{1} << 30);
+  return std::max({conv.batch, conv.in_channels * conv.positions(), conv.out_channels,
+                   height + conv.padding[0], width + conv.padding[1], conv.stride[0], conv.stride[1]}) <
+         (int64_t{1} << 30);
 }
 
 class Planner {
@@ -121,7 +123,9 @@ class Planner {
   }
 
  private:
-  int64_t warps_outputs() const { return c_.p.conv.out_channels <= warp_.outputs || warp_.outputs == 64 ? 1 : 2; }
+  int64_t warps_outputs() const {
+    return c_.p.conv.out_channels <= warp_.outputs || warp_.outputs == 64 ? 1 : 2;
+  }
 
   Params problem() const {
     const ConvParams& conv = c_.p.conv;
@@ -141,9 +145,9 @@ class Planner {
       p.window[axis] = pool.pool == Pool::none ? 1 : static_cast<int32_t>(pool.window.size[axis]);
       p.window_stride[axis] = pool.pool == Pool::none ? 1 : static_cast<int32_t>(pool.window.stride[axis]);
     }
-    p.passing = pool.pool == Pool::max                   ? Passing::winners
+    p.passing = pool.pool == Pool::max                ? Passing::winners
                 : pool.activation == Activation::relu ? Passing::positive
-                                                          : Passing::all;
+                                                      : Passing::all;
     p.warps_outputs = static_cast<int32_t>(warps_outputs());
     p.block_outputs = static_cast<int32_t>(p.warps_outputs * warp_.outputs);
     p.log_output_packs = log2_of(p.block_outputs * element_ / 16);
@@ -175,7 +179,8 @@ class Planner {
     p.block_channels = static_cast<int32_t>(channels);
     const int64_t groups = ceil_div(p.taps(), most / channels);
     p.block_taps = static_cast<int32_t>(ceil_div(p.taps(), groups));
-    p.blocks_columns = static_cast<int32_t>(ceil_div(p.channels, channels) * ceil_div(p.taps(), p.block_taps));
+    p.blocks_columns =
+        static_cast<int32_t>(ceil_div(p.channels, channels) * ceil_div(p.taps(), p.block_taps));
     set_warps(p, p.block_taps * channels);
     const int64_t packs = channels * element_ / 16;
     p.log_channel_packs = log2_of(packs);
@@ -189,8 +194,9 @@ class Planner {
   void by_tiles(const Params& block, int64_t limit) {
     const int64_t rows = block.pixels_of[0], columns = block.pixels_of[1];
     // Whole windows; with planes whole words as well.
-    const int64_t unit[2] = {block.window_stride[0],
-                             planes_ ? std::lcm(int64_t{block.window_stride[1]}, int64_t{2}) : block.window_stride[1]};
+    const int64_t unit[2] = {
+        block.window_stride[0],
+        planes_ ? std::lcm(int64_t{block.window_stride[1]}, int64_t{2}) : block.window_stride[1]};
     int64_t previous = 0;
     for (int64_t parts = ceil_div(columns, 64); parts <= columns; ++parts) {
       Params p = block;
@@ -202,17 +208,18 @@ class Planner {
       const int64_t height = round_up(ceil_div(rows, ceil_div(rows, fitting)), unit[0]);
       p.tile[0] = static_cast<int32_t>(height);
       p.tile[1] = static_cast<int32_t>(width);
-      p.images = static_cast<int32_t>(
-          height >= rows && width >= columns
-              ? std::min({int64_t{p.batch}, kMostImages, limit / (height * width)})
-              : 1);
+      p.images =
+          static_cast<int32_t>(height >= rows && width >= columns
+                                   ? std::min({int64_t{p.batch}, kMostImages, limit / (height * width)})
+                                   : 1);
       consider(p);
       if (width <= 4) break;
     }
   }
 
   void consider(Params p) {
-    p.pixels = static_cast<int32_t>(round_up(int64_t{p.images} * p.tile[0] * p.tile[1], kStepBytes / element_));
+    p.pixels =
+        static_cast<int32_t>(round_up(int64_t{p.images} * p.tile[0] * p.tile[1], kStepBytes / element_));
     if (!set_patch(p)) return;
     int64_t tiles = ceil_div(p.batch, p.images);
     for (const int axis : {0, 1}) {
@@ -292,20 +299,21 @@ class Planner {
     p.gradient_bytes = p.pixels * p.gradient_pitch;
     take(p.at_gradient, 2 * int64_t{p.gradient_bytes});
     // Warps exchange their sums where tiles were.
-    const int64_t exchanged = p.warps_pixels > 1 ? warp_.sums * kThreads / 2 * static_cast<int64_t>(sizeof(float)) : 0;
+    const int64_t exchanged =
+        p.warps_pixels > 1 ? warp_.sums * kThreads / 2 * static_cast<int64_t>(sizeof(float)) : 0;
     const int64_t least = (exchanged - 2 * int64_t{p.gradient_bytes}) / 2;
     if (least > p.patch_bytes) p.patch_bytes = static_cast<int32_t>(round_up(least, kZeroBytes));
     take(p.at_patch, 2 * int64_t{p.patch_bytes} + kZeroBytes);
     return bytes;
   }
 
-  // What all blocks of one column of splits need for the whole problem, in cycles of a processor: products, and
-  // instructions of the loaders, about as many as counted in their code, two warps on each scheduler.
+  // What all blocks of one column of splits need for the whole problem, in cycles of a processor: products,
+  // and instructions of the loaders, about as many as counted in their code, two warps on each scheduler.
   double cycles(const Params& p) const {
     const double steps = static_cast<double>(ceil_div(ceil_div(p.pixels, warp_.step_pixels), p.warps_pixels));
     const double windows = static_cast<double>(p.images) * p.windows[0] * p.windows[1];
-    const double expanded = windows * p.block_outputs * element_ / 16 *
-                            (60.0 + 20.0 * p.window_stride[0] * p.window_stride[1]);
+    const double expanded =
+        windows * p.block_outputs * element_ / 16 * (60.0 + 20.0 * p.window_stride[0] * p.window_stride[1]);
     const double copied = static_cast<double>(p.positions()) *
                           (planes_ ? 50.0 * p.channels : 30.0 * p.block_channels * element_ / 16);
     const double tile = steps * warp_.step_cycles + 2.0 * (expanded + copied) / kThreads + kTileCycles;

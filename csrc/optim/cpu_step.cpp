@@ -12,7 +12,7 @@
 #include <cstring>
 #include <limits>
 
-#include "optim/step.h"
+#include "optim/formats.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -62,20 +62,6 @@ void meet() {
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
-}
-
-int64_t bytes_of(Format format) {
-  switch (format) {
-    case Format::float64:
-      return 8;
-    case Format::float32:
-      return 4;
-    case Format::bfloat16:
-    case Format::float16:
-      return 2;
-    default:
-      return 1;
-  }
 }
 
 // A tensor's Rule::Constants, whatever the rule and the type.
@@ -215,7 +201,7 @@ class Traversal {
   }
 
   const uint16_t* random(const TensorRef& t, uint32_t slot, int64_t at, int64_t count, Room& room) const {
-    kernels_.random(step_.options.seed, step_.options.random_step, t.id * (kMaxStates + 1) + slot, at, count,
+    kernels_.random(step_.options.seed, step_.options.random_step, random_stream(t.id, slot), at, count,
                     room.random);
     return room.random;
   }
@@ -326,11 +312,6 @@ double sum(const std::vector<double>& parts) {
 }
 
 }  // namespace
-
-double clip_factor(double norm, double max_norm) {
-  const double factor = max_norm / (norm + 1e-6);
-  return factor > 1 ? 1 : factor;  // NaN stays
-}
 
 std::vector<Position> split_work(const std::vector<int64_t>& numels, int parts) {
   const auto count = static_cast<int64_t>(numels.size());

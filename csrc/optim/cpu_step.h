@@ -27,9 +27,6 @@ CpuResult step_cpu(CpuStep& step, int threads);
 // The sum of squares of the unscaled, value-clipped gradients.
 double squares_cpu(CpuStep& step, int threads);
 
-// What clipping to `max_norm` multiplies gradients of this norm by, as torch.nn.utils.clip_grad_norm_.
-double clip_factor(double norm, double max_norm);
-
 // Element `element` of tensor `tensor`: where a thread starts.
 struct Position {
   int64_t tensor;

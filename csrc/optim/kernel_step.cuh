@@ -1,238 +1,291 @@
 // The CUDA body of an optimizer step: one block updates one unit of one tensor.
 //
-// One launch serves any number of tensors. Nothing is decided on the host that depends on device memory:
-// found_inf, the loss scale, tensor learning rates and the step counters are read here. A step whose
-// found_inf is not 0 writes nothing at all.
+// Pass::plain is the update alone, of states in the parameter's own format. Pass::full does all that params.h
+// knows in the same pass over memory: other formats, masters, clamping, clipping, averaging, clearing. A step
+// that is skipped changes nothing, or clears gradients. Pass::measure writes nothing but what a rule that
+// measures wants to know of each unit (see Lamb in step.h).
 #pragma once
 
-#include "common/portability.h"
-#include "optim/step.h"
+#include "optim/kernel_formats.cuh"
+#include "optim/kernel_sum.cuh"
 
 namespace dlfast::optim {
 
-constexpr int kThreads = 256;
-// Elements of a unit: four 16-byte accesses per thread and operand for float.
-constexpr int kUnit = 4096;
-constexpr int kPackBytes = 16;
-
-// The hyper-parameters of a group, whatever the rule.
-struct GroupRef {
-  double numbers[kMaxHyper];
-};
-
-// The tensors of a launch, in kernel arguments (at most 4096 bytes of them) ...
-template <int kTensors, int kGroups>
-struct ArgumentTable {
-  static constexpr int kMaxTensors = kTensors;
-  static constexpr int kMaxGroups = kGroups;
-  TensorRef tensors[kTensors];
-  GroupRef groups[kGroups];
-};
-
-// ... or in device memory.
-struct MemoryTable {
-  const TensorRef* tensors;
-  const GroupRef* groups;
-};
-
-struct StepScalars {
-  int64_t count;            // tensors
-  const float* grad_scale;  // null: 1
-  const float* found_inf;   // null: 0
-  unsigned* arrived;        // 0 between launches; null: no step counters are kept
-  const GroupRef* groups;   // in device memory, in place of the table's; or null
-};
-
-template <typename Rule, typename Real>
-struct BlockShared {
-  typename Rule::template Constants<Real> constants;
-  TensorRef tensor;
-  bool last;
-};
+enum class Pass { plain, full, measure };
 
 template <typename T>
-struct Real {
-  using type = T;
-};
-template <>
-struct Real<__nv_bfloat16> {
-  using type = float;
-};
-template <>
-struct Real<__half> {
-  using type = float;
-};
+constexpr int kWide = sizeof(T) == sizeof(double);
 
-__device__ __forceinline__ float to_real(float x) {
-  return x;
-}
-__device__ __forceinline__ double to_real(double x) {
-  return x;
-}
-__device__ __forceinline__ float to_real(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ __forceinline__ float to_real(__half x) {
-  return __half2float(x);
-}
-__device__ __forceinline__ void put(float& to, float x) {
-  to = x;
-}
-__device__ __forceinline__ void put(double& to, double x) {
-  to = x;
-}
-__device__ __forceinline__ void put(__nv_bfloat16& to, float x) {
-  to = __float2bfloat16_rn(x);
-}
-__device__ __forceinline__ void put(__half& to, float x) {
-  to = __float2half_rn(x);
-}
+// Numbers that a lane has at a time. Elsewhere than in plain steps a warp's block is a block of codes, and a
+// float32 and a 16-bit array are both read without gaps.
+template <typename T, Pass pass>
+constexpr int kPerLane = pass == Pass::plain ? kPackBytes / sizeof(T) : (kWide<T> ? 4 : kCodeBlock / kWarp);
+template <typename T, Pass pass>
+constexpr int kAccess = pass == Pass::plain || kWide<T> ? kPackBytes / sizeof(T) : kPackBytes / sizeof(float);
 
-template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
-  T at[kCount];
+template <typename Rule, typename T, Pass pass>
+struct BlockShared {
+  using Real = Accumulator<T>;
+  static constexpr bool kDraws = pass == Pass::full && !kWide<T>;
+  typename Rule::template Constants<Real> constants;
+  TensorRef tensor;
+  uint64_t random_step;
+  Real unscale;  // of clamped gradients
+  bool skip, last;
+  uint16_t random[kDraws ? kWarps : 1][kDraws ? kCodeBlock : 1];
+  double sums[kWarps];
 };
 
-// One access for a whole pack: left to itself the compiler stores the members one by one.
-template <typename P>
-__device__ __forceinline__ P load_pack(const P* from) {
-  if constexpr (sizeof(P) == sizeof(uint4)) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    P pack;
-    memcpy(&pack, &bits, sizeof(P));
-    return pack;
-  } else {
-    return *from;
-  }
-}
-
-template <typename P>
-__device__ __forceinline__ void store_pack(P* to, const P& pack) {
-  if constexpr (sizeof(P) == sizeof(uint4)) {
-    uint4 bits;
-    memcpy(&bits, &pack, sizeof(P));
-    __stwb(reinterpret_cast<uint4*>(to), bits);
-  } else {
-    *to = pack;
-  }
-}
-
-// Elements [i, i + kCount) of the unit that starts at `begin`; aligned to the pack's size.
-template <typename Rule, typename T, int states, int kCount>
-__device__ __forceinline__ void update_pack(
-    const TensorRef& t, int64_t begin, int i,
-    const typename Rule::template Constants<typename Real<T>::type>& c) {
-  using P = Pack<T, kCount>;
-  const int64_t at = begin + i;
-  P* param_at = reinterpret_cast<P*>(static_cast<T*>(t.param) + at);
-  P param = load_pack(param_at);
-  const P grad = load_pack(reinterpret_cast<const P*>(static_cast<const T*>(t.grad) + at));
-  P state[states > 0 ? states : 1];
-#pragma unroll
-  for (int k = 0; k < states; ++k)
-    state[k] = load_pack(reinterpret_cast<const P*>(static_cast<T*>(t.state[k]) + at));
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    typename Real<T>::type p = to_real(param.at[j]);
-    typename Real<T>::type s[states > 0 ? states : 1];
-#pragma unroll
-    for (int k = 0; k < states; ++k) s[k] = to_real(state[k].at[j]);
-    Rule::template update<states>(p, to_real(grad.at[j]), s, c);
-    put(param.at[j], p);
-#pragma unroll
-    for (int k = 0; k < states; ++k) put(state[k].at[j], s[k]);
-  }
-  store_pack(param_at, param);
-#pragma unroll
-  for (int k = 0; k < states; ++k)
-    store_pack(reinterpret_cast<P*>(static_cast<T*>(t.state[k]) + at), state[k]);
-}
-
-template <typename Rule, typename T, int states>
-__device__ __forceinline__ void update_unit(
-    const TensorRef& t, int64_t begin, int thread,
-    const typename Rule::template Constants<typename Real<T>::type>& c) {
-  constexpr int kPack = kPackBytes / sizeof(T);
-  static_assert(kUnit % (kPack * kThreads) == 0);
-  const int64_t left = t.numel - begin;
-  const int count = left < kUnit ? static_cast<int>(left) : kUnit;
-
-  auto address = reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad);
-#pragma unroll
-  for (int k = 0; k < states; ++k) address |= reinterpret_cast<uintptr_t>(t.state[k]);
-  int packed = 0;
-  if (address % kPackBytes == 0) {
-    packed = count - count % kPack;
-    for (int i = thread * kPack; i < packed; i += kThreads * kPack) {
-      update_pack<Rule, T, states, kPack>(t, begin, i, c);
+// What thread 0 of a block finds out for the others.
+template <typename Rule, typename T, Pass pass>
+DLFAST_DEVICE void prepare_block(const Table& table, const StepScalars& s, unsigned block, unsigned blocks,
+                                 BlockShared<Rule, T, pass>& shared) {
+  const Verdict verdict = verdict_of(s);
+  const TensorRef* tensors = table.all();
+  const int64_t index = find_tensor(tensors, table.count, block);
+  shared.tensor = tensors[index];
+  shared.skip = verdict.skip;
+  shared.last = false;
+  if (pass == Pass::full && block == 0) {
+    if (s.memory.norm != nullptr) {
+      if (!verdict.skip) *s.memory.last_norm = verdict.norm;
+      const double norm = *s.memory.last_norm;
+      if (s.norm_is_double) {
+        *static_cast<double*>(s.memory.norm) = norm;
+      } else {
+        *static_cast<float*>(s.memory.norm) = static_cast<float>(norm);
+      }
     }
+    if (s.memory.skipped != nullptr) *s.memory.skipped = verdict.skip ? 1.0f : 0.0f;
   }
-  for (int i = packed + thread; i < count; i += kThreads) update_pack<Rule, T, states, 1>(t, begin, i, c);
+  if (verdict.skip) return;
+
+  const bool clamps = pass != Pass::plain && s.options.max_grad_value >= 0;
+  const double unscale = unscale_of(s);
+  const auto* taken = static_cast<const float*>(shared.tensor.step);
+  const StepFacts facts{
+      .step = taken == nullptr ? 1.0 : *taken + 1.0,
+      .grad_factor = clamps ? verdict.clip : verdict.clip * unscale,
+      .trust = pass == Pass::full && Rule::kMeasures ? s.memory.trust[index] : 1.0,
+  };
+  typename Rule::Group group;
+  memcpy(&group, table.group_of(shared.tensor).numbers, sizeof(group));
+  shared.constants = Rule::template prepare<Accumulator<T>>(group, facts);
+  if constexpr (pass != Pass::plain) shared.unscale = static_cast<Accumulator<T>>(unscale);
+  if constexpr (pass == Pass::full) {
+    shared.random_step = s.options.random_step;
+    if (s.memory.random_steps != nullptr)
+      shared.random_step += static_cast<uint64_t>(*s.memory.random_steps);
+  }
+  // Counters may advance once every block has read them: the last block to come here does it.
+  if (pass != Pass::measure && s.memory.arrived != nullptr)
+    shared.last = arrives_last(s.memory.arrived, blocks);
 }
 
-// With as many states as the tensor has.
-template <typename Rule, typename T, int states>
-__device__ __forceinline__ void update_unit_of(
-    const TensorRef& t, int64_t begin, int thread,
-    const typename Rule::template Constants<typename Real<T>::type>& c) {
-  if constexpr (states > Rule::kMinStates) {
-    if (t.state[states - 1] == nullptr) {
-      update_unit_of<Rule, T, states - 1>(t, begin, thread, c);
+template <Pass pass>
+DLFAST_DEVICE void advance_counters(const Table& table, const StepScalars& s, int thread) {
+  const TensorRef* tensors = table.all();
+  for (int64_t i = thread; i < table.count; i += kThreads) {
+    auto* step = static_cast<float*>(tensors[i].step);
+    if (step != nullptr) *step += 1;
+  }
+  if (pass == Pass::full && thread == 0 && s.last_launch && s.memory.random_steps != nullptr)
+    ++*s.memory.random_steps;
+}
+
+// The exact value of the parameter.
+template <typename T, typename Lane>
+DLFAST_DEVICE void load_param(const Lane& lane, const TensorRef& t, Accumulator<T>* p) {
+  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    if (t.master_kind == Master::full) return lane.template load<float>(t.master, p);
+    if (t.master_kind == Master::low_half) {
+      uint32_t upper[Lane::kNumbers];
+      const auto as_is = [](uint16_t x) { return static_cast<uint32_t>(x); };
+      lane.template load<uint16_t>(t.param, upper, as_is);
+      uint32_t lower[Lane::kNumbers];
+      lane.template load<uint16_t>(t.master, lower, as_is);
+#pragma unroll
+      for (int i = 0; i < Lane::kNumbers; ++i) p[i] = join_halves<float>(upper[i], lower[i]);
       return;
     }
   }
-  update_unit<Rule, T, states>(t, begin, thread, c);
+  lane.template load<T>(t.param, p);
 }
 
-// The tensor that holds `unit`: the last one whose first unit is not after it.
-template <typename Table>
-__device__ __forceinline__ int64_t find_tensor(const Table& table, int64_t count, int64_t unit) {
-  int64_t low = 0, high = count;
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    (table.tensors[middle].first_unit <= unit ? low : high) = middle;
+// Leaves in `p` what is averaged: the exact value where it is kept, else the rounded one.
+template <typename T, typename Lane>
+DLFAST_DEVICE void store_param(const Lane& lane, const TensorRef& t, const WarpRandom& random,
+                               Accumulator<T>* p) {
+  if constexpr (sizeof(T) != sizeof(uint16_t)) {
+    lane.template store<T>(t.param, p);
+  } else if (t.master_kind == Master::low_half) {
+    uint32_t upper[Lane::kNumbers], lower[Lane::kNumbers];
+#pragma unroll
+    for (int i = 0; i < Lane::kNumbers; ++i) split_halves(p[i], upper[i], lower[i]);
+    const auto as_is = [](uint32_t x, int) { return static_cast<uint16_t>(x); };
+    lane.template store<uint16_t>(t.param, upper, as_is);
+    lane.template store<uint16_t>(t.master, lower, as_is);
+  } else {
+    if (t.master_kind == Master::full) lane.template store<float>(t.master, p);
+    if (t.stochastic_param) random.draw(lane, 0);
+    lane.template store<T>(t.param, p, [&](float x, int i) {
+      const T stored = t.stochastic_param ? round_at_random(x, random.of(lane, i), T{}) : narrow<T>(x);
+      if (t.master_kind == Master::none) p[i] = widen(stored);
+      return stored;
+    });
   }
-  return low;
+}
+
+// What an updated block leaves in memory. Overwrites the gradients in `g`.
+template <typename T, int states, Pass pass, typename Lane>
+DLFAST_DEVICE void store_block(const Lane& lane, const TensorRef& t, const StepOptions& options,
+                               const WarpRandom& random, Accumulator<T>* p, Accumulator<T>* g,
+                               Accumulator<T> (*state)[Lane::kNumbers]) {
+  using Real = Accumulator<T>;
+  if constexpr (pass == Pass::plain) {
+#pragma unroll
+    for (int k = 0; k < states; ++k) lane.template store<T>(t.state[k], state[k]);
+    lane.template store<T>(t.param, p);
+  } else {
+#pragma unroll
+    for (int k = 0; k < states; ++k) {
+      if constexpr (kWide<T>) {
+        lane.template store<T>(t.state[k], state[k]);
+      } else {
+        store_as(lane, t.state_format[k], state[k], random, t.stochastic_state, k + 1, t.state[k],
+                 t.scale[k]);
+      }
+    }
+    store_param<T>(lane, t, random, p);
+    if (t.average != nullptr) {
+      const Real decay = static_cast<Real>(options.average_decay);
+      const Real gain = static_cast<Real>(1 - options.average_decay);
+      lane.template load<Real>(t.average, g);
+#pragma unroll
+      for (int i = 0; i < Lane::kNumbers; ++i) g[i] = g[i] * decay + p[i] * gain;
+      lane.template store<Real>(t.average, g);
+    }
+    if (options.zero_grad) lane.template clear<T>(t.grad);
+  }
+}
+
+// Elements [first, first + count), one block of a warp. In Pass::measure adds to sums[0] and sums[1] the
+// squares of parameter and direction.
+template <typename Rule, typename T, int states, Pass pass, int kWidth>
+DLFAST_DEVICE void update_block(BlockShared<Rule, T, pass>& shared, const StepOptions& options, int64_t first,
+                                int count, bool wide, int thread, double* sums) {
+  using Real = Accumulator<T>;
+  constexpr int kCount = kPerLane<T, pass>;
+  const Lane<kCount, kWidth> lane{.first = first, .count = count, .lane = thread % kWarp, .wide = wide};
+  const TensorRef& t = shared.tensor;
+  const WarpRandom random{.shared = shared.random[BlockShared<Rule, T, pass>::kDraws ? thread / kWarp : 0],
+                          .seed = options.seed,
+                          .step = shared.random_step,
+                          .tensor = t.id};
+
+  Real p[kCount], g[kCount], state[states > 0 ? states : 1][kCount];
+  if constexpr (pass == Pass::plain) {
+    lane.template load<T>(t.param, p);
+  } else {
+    load_param<T>(lane, t, p);
+  }
+  lane.template load<T>(t.grad, g);
+#pragma unroll
+  for (int k = 0; k < states; ++k) {
+    if constexpr (pass == Pass::plain || kWide<T>) {
+      lane.template load<T>(t.state[k], state[k]);
+    } else {
+      load_as(lane, t.state_format[k], t.state[k], t.scale[k], state[k]);
+    }
+  }
+  if (pass != Pass::plain && options.max_grad_value >= 0) {
+    const Real limit = static_cast<Real>(options.max_grad_value);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) g[i] = clamped(g[i] * shared.unscale, limit);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    Real s[states > 0 ? states : 1];
+#pragma unroll
+    for (int k = 0; k < states; ++k) s[k] = state[k][i];
+    if constexpr (pass == Pass::measure) {
+      const double direction = Rule::direction(p[i], g[i], s, shared.constants);
+      if (!lane.has(i)) continue;
+      sums[0] += static_cast<double>(p[i]) * p[i];
+      sums[1] += direction * direction;
+    } else {
+      Rule::template update<states>(p[i], g[i], s, shared.constants);
+#pragma unroll
+      for (int k = 0; k < states; ++k) state[k][i] = s[k];
+    }
+  }
+  if constexpr (pass != Pass::measure) store_block<T, states, pass>(lane, t, options, random, p, g, state);
+}
+
+// Whether wide accesses are aligned in every array of the tensor.
+template <typename T, Pass pass>
+DLFAST_DEVICE bool is_aligned(const TensorRef& t) {
+  constexpr int kWidth = kAccess<T, pass>;
+  const auto fits = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  bool all = fits(t.param, kWidth * sizeof(T)) && fits(t.grad, kWidth * sizeof(T));
+#pragma unroll
+  for (int k = 0; k < kMaxStates; ++k) {
+    const int bytes = pass == Pass::plain ? sizeof(T) : bytes_of(t.state_format[k]);
+    all = all && (t.state[k] == nullptr || fits(t.state[k], kWidth * bytes));
+  }
+  if (pass == Pass::plain) return all;
+  const int master_bytes = t.master_kind == Master::full ? sizeof(float) : sizeof(uint16_t);
+  return all && fits(t.average, kWidth * sizeof(Accumulator<T>)) && fits(t.master, kWidth * master_bytes);
+}
+
+// With as many states as the tensor has.
+template <typename Rule, typename T, int states, Pass pass>
+DLFAST_DEVICE void update_unit(BlockShared<Rule, T, pass>& shared, const StepOptions& options,
+                               const UnitSpan& span, int thread, double* sums) {
+  if constexpr (states > Rule::kMinStates) {
+    if (shared.tensor.state[states - 1] == nullptr) {
+      update_unit<Rule, T, states - 1>(shared, options, span, thread, sums);
+      return;
+    }
+  }
+  constexpr int kBlock = kPerLane<T, pass> * kWarp;
+  static_assert(kUnit % kBlock == 0);
+  const bool aligned = is_aligned<T, pass>(shared.tensor);
+  for (int at = thread / kWarp * kBlock; at < span.count; at += kWarps * kBlock) {
+    const int left = span.count - at;
+    const bool wide = aligned && left >= kBlock;
+    // The plain step has code of its own for what is not wide, in which neighbouring lanes stay neighbours.
+    if (pass != Pass::plain || wide) {
+      update_block<Rule, T, states, pass, kAccess<T, pass>>(shared, options, span.begin + at, left,
+                                                            pass != Pass::plain ? wide : true, thread, sums);
+    } else {
+      update_block<Rule, T, states, pass, 1>(shared, options, span.begin + at, left, false, thread, sums);
+    }
+  }
 }
 
 // Blocks [0, blocks) of one launch, each with kThreads threads.
-template <typename Rule, typename T, typename Table>
-__device__ __forceinline__ void step_block(const Table& table, const StepScalars& scalars, unsigned block,
-                                           unsigned blocks, int thread,
-                                           BlockShared<Rule, typename Real<T>::type>& shared) {
-  if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
-  if (thread == 0) {
-    shared.tensor = table.tensors[find_tensor(table, scalars.count, block)];
-    typename Rule::Group group;
-    const GroupRef* groups = scalars.groups == nullptr ? table.groups : scalars.groups;
-    memcpy(&group, groups[shared.tensor.group].numbers, sizeof(group));
-    const auto* taken = static_cast<const float*>(shared.tensor.step);
-    const StepFacts facts{
-        .step = taken == nullptr ? 1.0 : *taken + 1.0,
-        .grad_factor = scalars.grad_scale == nullptr ? 1.0 : 1.0 / *scalars.grad_scale,
-        .trust = 1,
-    };
-    shared.constants = Rule::template prepare<typename Real<T>::type>(group, facts);
-    shared.last = false;
-    if (scalars.arrived != nullptr) {
-      // The counters may advance once every block has read them: the last block to come here does it.
-      __threadfence();
-      shared.last = atomicAdd(scalars.arrived, 1u) == blocks - 1;
-      __threadfence();
-      if (shared.last) atomicExch(scalars.arrived, 0u);
-    }
-  }
+template <typename Rule, typename T, Pass pass>
+DLFAST_DEVICE void step_block(const Table& table, const StepScalars& s, unsigned block, unsigned blocks,
+                              int thread, BlockShared<Rule, T, pass>& shared) {
+  if (thread == 0) prepare_block<Rule, T, pass>(table, s, block, blocks, shared);
   __syncthreads();
-  if (shared.last) {
-    for (int64_t i = thread; i < scalars.count; i += kThreads) {
-      auto* step = static_cast<float*>(table.tensors[i].step);
-      if (step != nullptr) *step += 1;
+  if (shared.last) advance_counters<pass>(table, s, thread);
+  const UnitSpan span = span_of(shared.tensor, block);
+  if (shared.skip) {
+    if (pass != Pass::full || !s.options.zero_grad) return;
+    auto* grad = static_cast<T*>(shared.tensor.grad) + span.begin;
+    for (int i = thread; i < span.count; i += kThreads) grad[i] = narrow<T>(0);
+    return;
+  }
+  double sums[2] = {};
+  update_unit<Rule, T, Rule::kMaxStates>(shared, s.options, span, thread, sums);
+  if constexpr (pass == Pass::measure) {
+    for (int k = 0; k < 2; ++k) {
+      const double sum = sum_of_block(sums[k], thread, shared.sums);
+      if (thread == 0) s.memory.parts[2 * static_cast<int64_t>(block) + k] = sum;
     }
   }
-
-  const TensorRef& t = shared.tensor;
-  const int64_t begin = (static_cast<int64_t>(block) - t.first_unit) * kUnit;
-  update_unit_of<Rule, T, Rule::kMaxStates>(t, begin, thread, shared.constants);
 }
 
 }  // namespace dlfast::optim

@@ -1,73 +1,57 @@
-// Launches of the CUDA optimizer step; the bodies are in kernel_step.cuh.
+// How an optimizer step is split into launches; the kernels are in launch_<family>.cu.
 #include "optim/launch.h"
 
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/Exception.h>
-#include <c10/util/StringUtil.h>
-#include <c10/util/Type.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
-#include "common/launch_check.h"
-#include "optim/kernel_step.cuh"
+#include "optim/kernel_table.cuh"
+#include "optim/launch_kernels.h"
 
 namespace dlfast::optim {
 namespace {
 
-constexpr int kTableTensors = 28;
-constexpr int kTableGroups = 8;
-using Arguments = ArgumentTable<kTableTensors, kTableGroups>;
-
-// inspect: registers 80, static 256, holds LDG.128|LD.128 STG.128|ST.128
-template <typename Rule, typename T, typename Table>
-__global__ void __launch_bounds__(kThreads)
-    step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars scalars) {
-  __shared__ BlockShared<Rule, typename Real<T>::type> shared;
-  step_block<Rule, T>(table, scalars, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), shared);
+Grid grid_of(int64_t blocks) {
+  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(),
+              "params hold too many elements for one step: ", blocks, " units of ", kUnit);
+  return {static_cast<unsigned>(blocks), c10::cuda::getCurrentCUDAStream()};
 }
 
-template <typename Rule, typename Table>
-void launch(Format number, const Table& table, const StepScalars& scalars, int64_t units) {
-  static_assert(sizeof(Table) + sizeof(StepScalars) <= 4096, "kernel arguments");
-  TORCH_CHECK(units <= std::numeric_limits<int>::max(), "params hold too many elements for one step: ", units,
-              " units of ", kUnit);
-  const auto blocks = static_cast<unsigned>(units);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  switch (number) {
-    case Format::float32:
-      step_kernel<Rule, float><<<blocks, kThreads, 0, stream>>>(table, scalars);
-      break;
-    case Format::float64:
-      step_kernel<Rule, double><<<blocks, kThreads, 0, stream>>>(table, scalars);
-      break;
-    case Format::bfloat16:
-      step_kernel<Rule, __nv_bfloat16><<<blocks, kThreads, 0, stream>>>(table, scalars);
-      break;
-    case Format::float16:
-      step_kernel<Rule, __half><<<blocks, kThreads, 0, stream>>>(table, scalars);
-      break;
-    default:
-      TORCH_CHECK(false, "a parameter is no int8");
+int64_t units_after(const TensorRef& last) {
+  return last.first_unit + units_of(last.numel, kUnit);
+}
+
+int64_t all_units(const CudaStep& step) {
+  int64_t units = 0;
+  for (const TensorRef& t : step.tensors) units += units_of(t.numel, kUnit);
+  return units;
+}
+
+// Calls f(table, units, is the last) for each launch: one where the table lies in device memory, else as many
+// as it takes to pass all tensors, and the groups they use, in arguments.
+template <typename F>
+void for_launches(const CudaStep& step, F&& f) {
+  Table table{};
+  const auto all = static_cast<int64_t>(step.tensors.size());
+  table.far_groups = reinterpret_cast<const GroupRef*>(step.device_groups);
+  if (step.far_table != nullptr) {
+    table.far_tensors = static_cast<const TensorRef*>(step.far_table);
+    if (table.far_groups == nullptr)
+      table.far_groups = reinterpret_cast<const GroupRef*>(table.far_tensors + all);
+    table.count = all;
+    f(table, units_after(step.tensors.back()), true);
+    return;
   }
-  check_launch([&] {
-    return c10::str("in step_kernel<", c10::demangle_type<Rule>(), ">, ", blocks, " blocks of ", kThreads,
-                    " threads, for ", scalars.count, " tensors");
-  });
-}
-
-// As many launches as it takes to pass all tensors, and the groups they use, in arguments.
-template <typename Rule>
-void launch_from_arguments(const CudaStep& step, StepScalars scalars) {
-  std::vector<int> slot(step.groups.size() / kMaxHyper, -1);
+  std::vector<int> slot(step.groups.size() / kMaxHyper);
   for (size_t next = 0; next < step.tensors.size();) {
-    Arguments table{};
-    int tensors = 0;
     int used = 0;
+    table.count = 0;
     std::fill(slot.begin(), slot.end(), -1);
-    for (; next < step.tensors.size() && tensors < kTableTensors; ++next) {
+    for (; next < step.tensors.size() && table.count < kTableTensors; ++next) {
       TensorRef t = step.tensors[next];
       if (step.device_groups == nullptr) {
         const auto group = static_cast<size_t>(t.group);
@@ -79,60 +63,94 @@ void launch_from_arguments(const CudaStep& step, StepScalars scalars) {
         }
         t.group = s;
       }
-      table.tensors[tensors++] = t;
+      table.tensors[table.count++] = t;
     }
-    scalars.count = tensors;
-    launch<Rule>(step.number, table, scalars, number_units(table.tensors, tensors, kUnit));
+    const int64_t units = number_units(table.tensors, table.count, kUnit);
+    f(table, units, next == step.tensors.size());
   }
 }
 
-template <typename Rule>
-void step_rule(CudaStep& step, const void* memory_table) {
-  const auto count = static_cast<int64_t>(step.tensors.size());
-  const StepScalars scalars{.count = count,
-                            .grad_scale = step.grad_scale,
-                            .found_inf = step.found_inf,
-                            .arrived = step.arrived,
-                            .groups = reinterpret_cast<const GroupRef*>(step.device_groups)};
-  if (memory_table == nullptr) {
-    launch_from_arguments<Rule>(step, scalars);
-    return;
-  }
-  const auto* tensors = static_cast<const TensorRef*>(memory_table);
-  const auto* groups = reinterpret_cast<const GroupRef*>(tensors + count);
-  const TensorRef& last = step.tensors.back();
-  launch<Rule>(step.number, MemoryTable{.tensors = tensors, .groups = groups}, scalars,
-               last.first_unit + units_of(last.numel, kUnit));
+// Whether the step asks for more than the update.
+bool is_plain(const CudaStep& step) {
+  const StepOptions& o = step.scalars.options;
+  const StepMemory& m = step.scalars.memory;
+  const bool plain_step = o.max_grad_value < 0 && !o.zero_grad && step.scalars.squares_count == 0 &&
+                          m.skipped == nullptr && m.random_steps == nullptr;
+  return plain_step && std::all_of(step.tensors.begin(), step.tensors.end(), [](const TensorRef& t) {
+           bool own_format = true;
+           for (int k = 0; k < kMaxStates; ++k)
+             own_format = own_format && (t.state[k] == nullptr || t.state_format[k] == t.number);
+           return own_format && t.average == nullptr && t.master_kind == Master::none &&
+                  !t.stochastic_param && !t.stochastic_state;
+         });
+}
+
+bool measures(Algorithm algorithm) {
+  return with_rule(algorithm, [](auto rule) { return decltype(rule)::kMeasures; });
 }
 
 }  // namespace
 
-bool needs_memory_table(const CudaStep& step) {
+bool needs_far_table(const CudaStep& step) {
   if (step.tensors.size() <= kTableTensors && step.groups.size() <= kTableGroups * kMaxHyper) return false;
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
 }
 
-size_t memory_table_bytes(const CudaStep& step) {
+size_t far_table_bytes(const CudaStep& step) {
   return step.tensors.size() * sizeof(TensorRef) + step.groups.size() * sizeof(double);
 }
 
-void fill_memory_table(CudaStep& step, void* host) {
+void fill_far_table(CudaStep& step, void* host) {
   number_units(step.tensors.data(), static_cast<int64_t>(step.tensors.size()), kUnit);
   const size_t bytes = step.tensors.size() * sizeof(TensorRef);
   std::memcpy(host, step.tensors.data(), bytes);
   std::memcpy(static_cast<char*>(host) + bytes, step.groups.data(), step.groups.size() * sizeof(double));
 }
 
-void step_cuda(CudaStep& step, const void* memory_table) {
-  if (step.tensors.empty()) return;
-  with_rule(step.algorithm, [&](auto rule) {
-    using Rule = decltype(rule);
-    if constexpr (Rule::kMeasures) {
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "this algorithm has no CUDA step");
-    } else {
-      step_rule<Rule>(step, memory_table);
-    }
+int64_t parts_of_norm(const CudaStep& step) {
+  return all_units(step);
+}
+
+int64_t parts_of_step(const CudaStep& step) {
+  return measures(step.algorithm) ? 2 * all_units(step) : 0;
+}
+
+int64_t trusts_of_step(const CudaStep& step) {
+  return measures(step.algorithm) ? static_cast<int64_t>(step.tensors.size()) : 0;
+}
+
+void norm_cuda(CudaStep& step, int index) {
+  bool adds = false;
+  for_launches(step, [&](const Table& table, int64_t units, bool) {
+    launch_norm(step.number, table, step.scalars, index, adds, grid_of(units));
+    adds = true;
   });
+}
+
+void step_cuda(CudaStep& step) {
+  const bool plain = is_plain(step);
+  StepScalars s = step.scalars;
+  const bool ends_step = s.last_launch;
+  for_launches(step, [&](const Table& table, int64_t units, bool last) {
+    s.last_launch = ends_step && last;
+    if (measures(step.algorithm)) {
+      launch_measure(step.algorithm, step.number, table, s, grid_of(units));
+      launch_trust(table, s, grid_of(table.count));
+    }
+    (plain ? launch_plain : launch_full)(step.algorithm, step.number, table, s, grid_of(units));
+    s.memory.norm = nullptr;  // told once
+    s.memory.skipped = nullptr;
+  });
+}
+
+UnitPlace place_of_unit(const std::vector<int64_t>& numels, int64_t unit) {
+  std::vector<TensorRef> tensors(numels.size());
+  for (size_t i = 0; i < numels.size(); ++i) tensors[i].numel = numels[i];
+  const auto count = static_cast<int64_t>(tensors.size());
+  number_units(tensors.data(), count, kUnit);
+  const int64_t tensor = find_tensor(tensors.data(), count, unit);
+  const UnitSpan span = span_of(tensors[static_cast<size_t>(tensor)], unit);
+  return {tensor, span.begin, span.count};
 }
 
 }  // namespace dlfast::optim

@@ -2,11 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,10 +10,9 @@
 
 #include "optim/cpu_step.h"
 #include "optim/op_checks.h"
+#include "optim/op_cuda.h"
+#include "optim/op_layouts.h"
 #include "optim/step.h"
-#ifdef DLFAST_WITH_CUDA
-#include "optim/launch.h"
-#endif
 
 namespace dlfast::optim {
 namespace {
@@ -33,50 +28,12 @@ at::Tensor tensor_or_none(const py::handle& value) {
   return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
 }
 
-// The tensors of one step in the form of params.h. What does not lie in one order without gaps is copied
-// into the order of its parameter and, where the step writes it, back.
-class Layouts {
- public:
-  TensorRef ref(const Item& item) {
-    TensorRef ref = item.ref;
-    at::Tensor param = item.param;
-    if (!item.in_order) {
-      // A parameter with gaps is stood in for by a contiguous copy, whose order the others then follow.
-      if (!param.is_non_overlapping_and_dense()) {
-        param = at::empty_like(param, at::MemoryFormat::Contiguous);
-      }
-      ref.param = written(item.param, param);
-      for (int k = 0; k < kMaxStates; ++k) {
-        if (item.state[k].defined()) ref.state[k] = written(item.state[k], param);
-      }
-      if (item.average.defined()) ref.average = written(item.average, param);
-      if (item.master.defined()) ref.master = written(item.master, param);
-    }
-    if (same_order(item.grad, param)) {
-      // Only zeroing writes it.
-      ref.grad = const_cast<void*>(item.grad.const_data_ptr());
-    } else {
-      held_.push_back(at::empty_like(param).copy_(item.grad));
-      ref.grad = held_.back().mutable_data_ptr();
-    }
-    return ref;
-  }
+// Whether `grad` is what a fast step takes as it is.
+bool plain_strided(const at::Tensor& grad) {
+  return grad.layout() == at::kStrided && !grad.unsafeGetTensorImpl()->is_python_dispatch();
+}
 
-  void write_back() {
-    for (auto& [to, from] : back_) to.copy_(from);
-  }
-
- private:
-  void* written(const at::Tensor& tensor, const at::Tensor& param) {
-    if (same_order(tensor, param)) return tensor.mutable_data_ptr();
-    at::Tensor copy = at::empty_strided(param.sizes(), param.strides(), tensor.options()).copy_(tensor);
-    back_.emplace_back(tensor, copy);
-    return copy.mutable_data_ptr();
-  }
-
-  std::vector<at::Tensor> held_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> back_;  // to, from
-};
+}  // namespace
 
 std::vector<double> numbers_of(const py::list& hyper) {
   std::vector<double> numbers(hyper.size() * kMaxHyper);
@@ -91,31 +48,6 @@ std::vector<double> numbers_of(const py::list& hyper) {
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   return numbers;
 }
-
-// Whether `grad` is what a fast step takes as it is.
-bool plain_strided(const at::Tensor& grad) {
-  return grad.layout() == at::kStrided && !grad.unsafeGetTensorImpl()->is_python_dispatch();
-}
-
-// Lets go of the gradients when a call ends: a plan must not hold them beyond their time.
-class GradientsHeld {
- public:
-  explicit GradientsHeld(std::vector<Item>& items) : items_(items) {}
-  ~GradientsHeld() {
-    for (Item& item : items_) item.grad = at::Tensor();
-  }
-  GradientsHeld(const GradientsHeld&) = delete;
-  GradientsHeld& operator=(const GradientsHeld&) = delete;
-
- private:
-  std::vector<Item>& items_;
-};
-
-void bump_version(const at::Tensor& t) {
-  if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-}
-
-}  // namespace
 
 Plan::Plan(const std::string& algorithm, const py::list& items, const py::list& param_lists,
            const py::list& idle)
@@ -274,14 +206,7 @@ CpuResult Plan::take(const StepOptions& options, std::vector<double> groups) {
       layouts.write_back();
     }
   }
-  if (options.zero_grad) {
-    // What the pass over memory could not clear: copies, and gradients that several parameters share.
-    for (const Item& item : items_) {
-      if (shared_gradients || overlap_ || !item.in_order || !same_order(item.grad, item.param)) {
-        item.grad.zero_();
-      }
-    }
-  }
+  if (options.zero_grad) clear_rest(items_, shared_gradients || overlap_);
   return result;
 }
 
@@ -297,11 +222,7 @@ py::object Plan::run(const py::dict& states, const py::list& hyper, const StepOp
     result = take(options, std::move(groups));
   }
   if (!result.skipped) {
-    for (const Item& item : items_) {
-      for_each_written(item, bump_version);
-      for (const at::Tensor& scale : item.scale) bump_version(scale);
-      bump_version(item.step);
-    }
+    for (const Item& item : items_) bump_versions(item);
   }
   if (options.zero_grad) {
     for (const Item& item : items_) bump_version(item.grad);
@@ -319,69 +240,6 @@ py::object Plan::squares(const py::dict& states, const StepOptions& options, con
   for (const Item& item : items_) step.tensors.push_back(layouts.ref(item));
   return py::float_(squares_cpu(step, at::get_num_threads()));
 }
-
-#ifdef DLFAST_WITH_CUDA
-bool Plan::run_cuda(const py::dict& states, const py::list& hyper, const py::object& grads,
-                    const py::object& grad_scale, const py::object& found_inf, const py::object& arrived,
-                    const py::object& device_hyper) {
-  const GradientsHeld held(items_);
-  if (!take_gradients(states, grads)) return false;
-  const at::Device device = items_.front().param.device();
-  const auto pointer = [&](const char* name, const py::object& given, at::ScalarType dtype, int64_t numel) {
-    const at::Tensor t = tensor_or_none(given);
-    if (!t.defined()) return static_cast<void*>(nullptr);
-    TORCH_CHECK(t.numel() == numel && t.scalar_type() == dtype && t.device() == device && t.is_contiguous(),
-                name, " must be ", numel, " of ", dtype, " on ", device, ", got ", t.scalar_type(),
-                " of shape ", t.sizes(), " on ", t.device());
-    return const_cast<void*>(t.const_data_ptr());
-  };
-  const auto groups = static_cast<int64_t>(hyper.size());
-  CudaStep step{
-      .algorithm = algorithm_,
-      .number = items_.front().ref.number,
-      .tensors = {},
-      .groups = {},
-      .device_groups =
-          static_cast<const double*>(pointer("device_hyper", device_hyper, at::kDouble, groups * kMaxHyper)),
-      .grad_scale = static_cast<const float*>(pointer("grad_scale", grad_scale, at::kFloat, 1)),
-      .found_inf = static_cast<const float*>(pointer("found_inf", found_inf, at::kFloat, 1)),
-      .arrived = static_cast<unsigned*>(pointer("arrived", arrived, at::kInt, 1)),
-  };
-  if (step.device_groups == nullptr) step.groups = numbers_of(hyper);
-  const bool counts =
-      std::any_of(items_.begin(), items_.end(), [](const Item& i) { return i.step.defined(); });
-  TORCH_CHECK(!counts || step.arrived != nullptr, "arrived is needed where steps are counted");
-
-  const py::gil_scoped_release no_gil;
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const c10::DeviceGuard guard(device);
-  const auto take_some = [&](size_t first, size_t last) {
-    Layouts layouts;
-    step.tensors.clear();
-    for (size_t i = first; i < last; ++i) step.tensors.push_back(layouts.ref(items_[i]));
-    at::Tensor table;
-    if (needs_memory_table(step)) {
-      const auto bytes = static_cast<int64_t>(memory_table_bytes(step));
-      // PyTorch keeps the pinned memory until the copy is done.
-      const auto host = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
-      fill_memory_table(step, host.mutable_data_ptr());
-      table = host.to(device, /*non_blocking=*/true);
-    }
-    step_cuda(step, table.defined() ? table.const_data_ptr() : nullptr);
-    layouts.write_back();
-  };
-  if (overlap_) {
-    for (size_t i = 0; i < items_.size(); ++i) take_some(i, i + 1);
-  } else {
-    take_some(0, items_.size());
-  }
-  for (const Item& item : items_) {
-    for_each_written(item, bump_version);
-    bump_version(item.step);
-  }
-  return true;
-}
-#endif
 
 // Of the gradients' type where they are all of float64, else float32, as torch.nn.utils.get_total_norm.
 at::TensorOptions Plan::norm_options() const {
@@ -403,13 +261,13 @@ void bind_plan(py::module_& m) {
       .def_readwrite("zero_grad", &StepOptions::zero_grad)
       .def_readwrite("seed", &StepOptions::seed)
       .def_readwrite("random_step", &StepOptions::random_step);
-  auto plan = py::class_<Plan>(m, "Plan");
-  plan.def(py::init<const std::string&, const py::list&, const py::list&, const py::list&>())
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<const std::string&, const py::list&, const py::list&, const py::list&>())
       .def("holds", &Plan::holds)
       .def("run", &Plan::run)
       .def("squares", &Plan::squares);
 #ifdef DLFAST_WITH_CUDA
-  plan.def("run_cuda", &Plan::run_cuda);
+  bind_cuda(m);
 #endif
   m.def(
       "split_work",

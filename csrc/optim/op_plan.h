@@ -51,18 +51,16 @@ class DLFAST_HIDDEN Plan {
   // `hyper` holds a tuple of numbers for each group, `grads` the gradients where they are not param.grad.
   py::object run(const py::dict& states, const py::list& hyper, const StepOptions& options,
                  const py::object& grads);
-  // The same on CUDA, where nothing is read back: always a number of launches, never a wait. grad_scale,
-  // found_inf (float32), arrived (int32, 0 between steps) and device_hyper (float64 [groups, kMaxHyper], in
-  // place of hyper) lie there or are None. False where the plan no longer holds.
-  bool run_cuda(const py::dict& states, const py::list& hyper, const py::object& grads,
-                const py::object& grad_scale, const py::object& found_inf, const py::object& arrived,
-                const py::object& device_hyper);
   // The sum of squares of the unscaled, value-clipped gradients; None where the plan no longer holds.
   py::object squares(const py::dict& states, const StepOptions& options, const py::object& grads);
 
- private:
-  // holds(), and the gradients of this step.
+  // holds(), and the gradients of this step, for whoever runs it: see GradientsHeld in op_layouts.h.
   bool take_gradients(const py::dict& states, const py::object& grads);
+  std::vector<Item>& items() { return items_; }
+  Algorithm algorithm() const { return algorithm_; }
+  bool overlap() const { return overlap_; }
+
+ private:
   void add(const py::tuple& item);
   at::TensorOptions norm_options() const;
   CpuResult take(const StepOptions& options, std::vector<double> groups);
@@ -73,6 +71,9 @@ class DLFAST_HIDDEN Plan {
   std::vector<at::Tensor> idle_;
   bool overlap_ = false;  // written tensors share memory
 };
+
+// kMaxHyper numbers for each group, of the tuples in `hyper`.
+std::vector<double> numbers_of(const py::list& hyper);
 
 void bind_plan(py::module_& m);
 

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/portability.h"
+
 namespace dlfast::optim {
 
 // The order is that of kRuleNames in step.h.
@@ -16,6 +18,20 @@ constexpr int kAlgorithms = 6;
 // `code8_signed` for moments of either sign, `code8_unsigned` for those that are never negative.
 enum class Format : uint8_t { float32, float64, bfloat16, float16, code8_signed, code8_unsigned };
 
+DLFAST_HOST_DEVICE int bytes_of(Format format) {
+  switch (format) {
+    case Format::float64:
+      return 8;
+    case Format::float32:
+      return 4;
+    case Format::bfloat16:
+    case Format::float16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 // Where the exact value of a 16-bit parameter is kept beside it: nowhere; the lower half of a float whose
 // upper half, rounded, is the bfloat16 parameter; or a float.
 enum class Master : uint8_t { none, low_half, full };
@@ -25,7 +41,7 @@ constexpr int kCodeBlock = 256;
 // Numbers of the longest group (AdamGroup of step.h).
 constexpr int kMaxHyper = 8;
 
-inline int64_t code_blocks(int64_t numel) {
+DLFAST_HOST_DEVICE int64_t code_blocks(int64_t numel) {
   return (numel + kCodeBlock - 1) / kCodeBlock;
 }
 
@@ -66,7 +82,7 @@ struct StepOptions {
 
 // Splits tensors into units of at most `size` elements, numbered across all tensors, so that work can be
 // balanced whatever the tensors' sizes. An empty tensor keeps one unit: its step counter advances too.
-inline int64_t units_of(int64_t numel, int64_t size) {
+DLFAST_HOST_DEVICE int64_t units_of(int64_t numel, int64_t size) {
   return numel <= 0 ? 1 : (numel - 1) / size + 1;
 }
 

@@ -45,6 +45,12 @@ DLFAST_RULE V sign(V x) {
   return x > 0 ? one : (x < 0 ? -one : V{});
 }
 
+// What clipping to `max_norm` multiplies gradients of this norm by, as torch.nn.utils.clip_grad_norm_.
+DLFAST_RULE double clip_factor(double norm, double max_norm) {
+  const double factor = max_norm / (norm + 1e-6);
+  return factor > 1 ? 1 : factor;  // NaN stays
+}
+
 // What `prepare` takes beside the group. `step` is the number of this step: 1 for the first. `grad_factor`
 // multiplies the gradient: unscaling and clipping. `trust` is for rules that measure (Lamb).
 struct StepFacts {

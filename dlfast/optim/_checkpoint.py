@@ -48,6 +48,7 @@ class Checkpoint(torch.optim.Optimizer):
     _random_step: int
     _prepared: dict[Any, Any]
     _checked: list[Any]
+    _all_states: list[Tensor]
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -70,13 +71,12 @@ class Checkpoint(torch.optim.Optimizer):
 
     def _format(self) -> dict[str, Any]:
         extras = self._extras
-        random = extras.stochastic_rounding or extras.state_dtype in (torch.bfloat16, "int8")
-        if extras.state_dtype is None and not random and not extras.master_weights:
+        if extras.state_dtype is None and not extras.draws and not extras.master_weights:
             return {}
         format_: dict[str, Any] = {"version": _formats.CODE_VERSION, "state_dtype": str(extras.state_dtype)}
-        if random:
+        if extras.draws:
             # As text: 64 bits do not survive every way of saving a number.
-            format_ |= {"seed": str(self._seed), "random_step": str(self._random_step)}
+            format_ |= {"seed": str(self._seed), "random_step": str(self._random_steps_taken())}
         return format_
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -96,8 +96,9 @@ class Checkpoint(torch.optim.Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_extras", "_seed", "_random_step", "grad_norm", "_skipped", "_fused")
-        return {**super().__getstate__(), **{name: vars(self)[name] for name in own if name in vars(self)}}
+        own = ("_extras", "_seed", "grad_norm", "_skipped", "_fused")
+        kept = {name: vars(self)[name] for name in own if name in vars(self)}
+        return {**super().__getstate__(), **kept, "_random_step": self._random_steps_taken()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_extras" in state:  # a copy of a whole optimizer, not a state_dict
@@ -108,9 +109,20 @@ class Checkpoint(torch.optim.Optimizer):
         super().__setstate__(state)
         self._prepared = {}
         self._checked = []
+        self._list_params()
+        self._all_states = []
         self._extras.changed = True
 
     def _set_extras(self, extra: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _list_params(self) -> None:
+        raise NotImplementedError
+
+    def _random_steps_taken(self) -> int:
+        raise NotImplementedError
+
+    def _set_random_steps(self, count: int) -> None:
         raise NotImplementedError
 
     # ---- Checks, before anything changes --------------------------------------------------------------------
@@ -177,7 +189,7 @@ class Checkpoint(torch.optim.Optimizer):
             format_ = group.pop(FORMAT, {})
             if "seed" in format_:
                 self._seed = int(format_["seed"])
-                self._random_step = int(format_["random_step"])
+                self._set_random_steps(int(format_["random_step"]))
         for p, entry in list(state["state"].items()):
             if isinstance(p, Tensor):
                 state["state"][p] = dict(self._adopted(p, entry))

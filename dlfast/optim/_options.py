@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dlfast.optim._zero import refuse_clearing
+
 if TYPE_CHECKING:
     from typing_extensions import TypedDict
 
@@ -76,6 +78,16 @@ class Extras:
                 "master_weights and stochastic_rounding exclude each other: masters keep what rounding loses"
             )
 
+    @property
+    def rounds_states(self) -> bool:
+        """Whether states are rounded at random."""
+        return self.state_dtype in (torch.bfloat16, "int8")
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers."""
+        return self.stochastic_rounding or self.rounds_states
+
     @staticmethod
     def check_changed(name: str, value: Any) -> None:
         if name not in CHANGEABLE:
@@ -94,6 +106,8 @@ def extra_option(name: str) -> Any:
         Extras.check_changed(name, value)
         if name == "ema_decay" and (value is None) != (optimizer._extras.ema_decay is None):
             raise AttributeError("ema_decay can be changed, but not switched on or off after construction")
+        if name == "zero_grad_after_step" and value and optimizer._shards is not None:
+            refuse_clearing()
         setattr(optimizer._extras, name, value)
         optimizer._extras.changed = True
 

@@ -14,19 +14,18 @@ from dlfast._native import native, runs_on
 from dlfast.optim import _formats
 from dlfast.optim._checkpoint import Checkpoint
 from dlfast.optim._members import HALVES, Member, compute_dtype, is_dtensor, local_of, sharded_over
-from dlfast.optim._options import Extras, check_engine, overlaps_itself
+from dlfast.optim._options import check_engine, overlaps_itself
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Other subclasses of Tensor have an arithmetic of their own, which plain PyTorch respects.
 PLAIN_TYPES = (Parameter, Tensor)
 
 
-def native_devices(algorithm: str, extras: Extras) -> tuple[str, ...]:
-    """Where the whole step has native code; elsewhere it is plain PyTorch."""
+def native_devices() -> tuple[str, ...]:
+    """Where the step has native code; elsewhere it is plain PyTorch."""
     if native.module is None:
         return ()
-    on_cuda = native.build.get("cuda") and extras == Extras() and algorithm != "lamb"
-    return ("cpu", "cuda") if on_cuda else ("cpu",)
+    return ("cpu", "cuda") if native.build.get("cuda") else ("cpu",)
 
 
 @dataclass
@@ -43,6 +42,15 @@ class Bucket:
         """Of this step; None where one is missing."""
         grads = [m.key.grad for m in self.members]
         return [local_of(g) for g in grads if g is not None] if self.mesh is not None else None
+
+
+def refuse_under_capture(what: str) -> None:
+    """What is made while a CUDA graph is captured would be made anew at every replay."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph is being captured, but the optimizer has not made its {what} yet: take a step, with "
+            "gradients for all parameters, before the capture"
+        )
 
 
 class Prepared:
@@ -71,6 +79,9 @@ class Preparing(Checkpoint):
 
     _algorithm: str  # its name in step.h
     _unsigned: frozenset[str] = frozenset()  # states that are never negative
+    _all_params: list[Tensor]
+    _all_states: list[Tensor]
+    _traceable: bool
     _needs_whole_tensors = False  # its update of a number depends on the rest of the tensor
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -116,6 +127,8 @@ class Preparing(Checkpoint):
             self._check_states(m)
             if is_new and m.entry:
                 new.append((m.key, m.entry))
+        if new and any(p.is_cuda for p, _ in new):
+            refuse_under_capture("states")
         prepared = Prepared(self._asked())
         prepared.plain = [m for m in members if not m.native]
         buckets: dict[Any, list[Member]] = {}
@@ -130,7 +143,7 @@ class Preparing(Checkpoint):
                 m.native_item(
                     self._unsigned,
                     extras.stochastic_rounding and m.param.dtype in HALVES,
-                    extras.state_dtype in (torch.bfloat16, "int8"),
+                    extras.rounds_states,
                 )
                 for m in bucket
             ]
@@ -152,7 +165,7 @@ class Preparing(Checkpoint):
     def _gather(self, only: Tensor | None) -> tuple[list[Member], list[Tensor]]:
         """Members without their states, and the parameters that have no gradient."""
         members, idle = [], []
-        devices = native_devices(self._algorithm, self._extras)
+        devices = native_devices()
         number = -1
         for index, group in enumerate(self.param_groups):
             wants_native = group.get("fused", vars(self).get("_fused")) is not False
@@ -298,6 +311,17 @@ class Preparing(Checkpoint):
         except RuntimeError:
             self.param_groups.pop()
             raise
+        finally:
+            self._list_params()
+
+    def _list_params(self) -> None:
+        self._all_params = [p for group in self.param_groups for p in group["params"]]
+        # Of other subclasses of Tensor a graph takes the parts, not the whole.
+        self._traceable = all(type(p) in PLAIN_TYPES for p in self._all_params)
+
+    def _list_states(self) -> list[Tensor]:
+        """All tensors in `state` that a step writes."""
+        return [v for entry in self.state.values() for v in entry.values() if isinstance(v, Tensor)]
 
 
 def _without_gaps(p: Tensor) -> bool:

@@ -18,12 +18,15 @@ from torch._compile import _disable_dynamo
 from torch.optim import optimizer as optimizer_module
 
 from dlfast._native import native
+from dlfast.optim._device import Kept, OnDevice
 from dlfast.optim._members import PlainOptions, plain_step, sharded_over, unscaled
 from dlfast.optim._options import Extras, extra_option
-from dlfast.optim._prepare import Bucket, Prepared, Preparing
+from dlfast.optim._prepare import Bucket, Prepared
+from dlfast.optim._traced import register, traced_step
+from dlfast.optim._zero import refuse_clearing, shards
 
 
-class FusedStep(Preparing):
+class FusedStep(OnDevice):
     """The machinery of a fused step; see :mod:`dlfast.optim`.
 
     Under ``torch.amp.GradScaler`` the gradients are unscaled inside the step, in registers: ``p.grad``
@@ -41,13 +44,22 @@ class FusedStep(Preparing):
     def _set_extras(self, extra: dict[str, Any]) -> None:
         """Before the constructor of ``torch.optim``, which adds the groups."""
         self._extras = Extras(**extra)
+        self._shards = shards()
+        if self._shards is not None and self._extras.zero_grad_after_step:
+            refuse_clearing()
         self._seed = torch.initial_seed() & (2**64 - 1)
         self._random_step = 0
         self._prepared: dict[Tensor | None, Prepared] = {}
         self._checked: list[tuple[Any, ...] | None] = []
         self._native_options: Any = None if native.module is None else native.module.StepOptions()
         self._swapped = False
-        self._skipped: bool | Tensor = False
+        self._skipped = False
+        self._kept: dict[torch.device, Kept] = {}
+        self._handle = register(self)
+        # For steps that torch.compile traces: what a graph takes as inputs.
+        self._all_params: list[Tensor] = []
+        self._all_states: list[Tensor] = []
+        self._traceable = True
         self.grad_norm: Tensor | None = None
         """Norm of all gradients at the last step taken, unscaled and before clipping; None where not measured."""
 
@@ -122,6 +134,8 @@ class FusedStep(Preparing):
                 has been changed then.
             ValueError: a hyper-parameter has become invalid; nothing has been changed then.
         """
+        if torch.compiler.is_dynamo_compiling() and self._traceable and not self._has_hooks():
+            return traced_step(self, closure)
         if self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._unobserved_step(closure)
@@ -130,14 +144,16 @@ class FusedStep(Preparing):
     # small network: that wrapper is used only where there is something to see.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _is_observed(self) -> bool:
+    def _has_hooks(self) -> bool:
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or optimizer_module._global_optimizer_pre_hooks
             or optimizer_module._global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
         )
+
+    def _is_observed(self) -> bool:
+        return self._has_hooks() or torch._C._autograd._profiler_enabled()
 
     def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -158,21 +174,28 @@ class FusedStep(Preparing):
         scale: Tensor | None = values.get("grad_scale")
         found_inf: Tensor | None = values.get("found_inf")
         prepared = self._prepared.get(only)
-        bucket = None if prepared is None else prepared.alone()
-        if prepared is None or bucket is None or bucket.device.type != "cpu" or prepared.asked != self._asked():
+        if prepared is None or prepared.asked != self._asked() or self._norm_is_shared():
+            done = False
+        elif (bucket := prepared.alone()) is not None and bucket.device.type == "cpu":
+            done = self._run_alone(bucket, only, scale, found_inf)
+        else:
+            done = not prepared.on_host() and self._run_on_device(prepared, scale, found_inf)
+        if not done:
             self._step_slowly(only, scale, found_inf)
-            return
+
+    def _run_alone(self, bucket: Bucket, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """The step of one plan on the CPU; False, before anything has changed, where it no longer holds."""
         hyper = self._hyper()
         if found_inf is not None and found_inf.item() != 0:
             self._skip(only)
-            return
+            return True
         finds_inf = scale is not None and found_inf is None
         options = self._options_now(1.0 if scale is None else 1.0 / scale.item(), finds_inf)
         result = bucket.plan.run(self.state, hyper, options, None)
         if result is None:
-            self._step_slowly(only, scale, found_inf)
-        else:
-            self._took(*result)
+            return False
+        self._took(*result)
+        return True
 
     def _options_now(self, unscale: float, finds_inf: bool) -> Any:
         """The C++ StepOptions of this step."""
@@ -212,7 +235,7 @@ class FusedStep(Preparing):
 
     @torch.no_grad()
     def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """The step of tensors that no plan knows, that take more than one, or that do not lie on the CPU."""
+        """The step of tensors that no plan knows, or that several engines share."""
         prepared = self._prepared.pop(only, None)
         new: list[tuple[Tensor, dict[str, Any]]] = []
         # All are asked before any is run: nothing is half done.
@@ -223,6 +246,7 @@ class FusedStep(Preparing):
         ):
             prepared = self._prepare(only, new)
             self.state.update(new)
+            self._all_states = self._list_states()
         skipped = True
         try:
             skipped = self._run(prepared, scale, found_inf)
@@ -238,15 +262,17 @@ class FusedStep(Preparing):
     def _run(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Take the step; whether it was skipped, where the host knows."""
         finds_inf = scale is not None and found_inf is None
-        if not prepared.on_host():
-            self._run_on_device(prepared, scale, found_inf, finds_inf)
+        shared = self._norm_is_shared()
+        if not prepared.on_host() and (prepared.buckets or not shared):
+            if not self._run_on_device(prepared, scale, found_inf):
+                raise RuntimeError("a parameter, gradient or state changed while the step was being taken")
             return False
         hyper = self._hyper()
         if found_inf is not None and found_inf.item() != 0:
             return True
         unscale = 1.0 if scale is None else 1.0 / scale.item()
         options = self._options_now(unscale, finds_inf)
-        alone = prepared.alone()
+        alone = None if shared else prepared.alone()
         if alone is not None:
             norm, skipped = alone.plan.run(self.state, hyper, options, None)
             if not skipped:
@@ -270,58 +296,17 @@ class FusedStep(Preparing):
         for m in prepared.plain:
             group = self.param_groups[m.group]
             plain_step(m, self._unsigned, plain_options, lambda *args, group=group: self._plain(group, *args))
+        on_cuda = [bucket for bucket in prepared.buckets if bucket.device.type == "cuda"]
+        if on_cuda:
+            self._launch(on_cuda, options, None, None)
         for bucket in prepared.buckets:
-            if bucket.device.type == "cuda":
-                self._run_cuda(bucket, hyper, scale, None, None)
-            else:
+            if bucket.device.type == "cpu":
                 bucket.plan.run(self.state, hyper, options, bucket.grads())
         if self._extras.zero_grad_after_step:
             for m in prepared.plain:
                 m.grad.zero_()
         self._took(norm, False)
         return False
-
-    def _run_on_device(
-        self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None, finds_inf: bool
-    ) -> None:
-        """Without a look at what the device holds."""
-        numbers = [self._numbers(group) for group in self.param_groups]
-        on_device = any(isinstance(v, Tensor) and v.is_cuda for row in numbers for v in row)
-        if on_device:
-            for i, group in enumerate(self.param_groups):
-                self._check_group(i, group)
-        hyper: list[tuple[float, ...]] = [()] * len(numbers) if on_device else self._hyper()
-        for bucket in prepared.buckets:
-            device_hyper = _on_device(numbers, bucket.device) if on_device else None
-            if finds_inf:
-                norms = torch._foreach_norm([m.grad for m in bucket.members], ord=float("inf"))
-                found = (~torch.stack(norms).isfinite()).any().to(torch.float32)
-                found_inf = found if found_inf is None else found_inf.to(bucket.device) + found
-        for bucket in prepared.buckets:
-            self._run_cuda(bucket, hyper, scale, found_inf, device_hyper)
-        self._took(None, False)
-        self._skipped = False if found_inf is None else found_inf
-
-    def _run_cuda(
-        self,
-        bucket: Bucket,
-        hyper: list[tuple[float, ...]],
-        scale: Tensor | None,
-        found_inf: Tensor | None,
-        device_hyper: Tensor | None,
-    ) -> None:
-        scale, found_inf = (
-            None if t is None else t.to(bucket.device, torch.float32, non_blocking=True) for t in (scale, found_inf)
-        )
-        arrived = self._arrived(bucket.device)
-        bucket.plan.run_cuda(self.state, hyper, bucket.grads(), scale, found_inf, arrived, device_hyper)
-
-    def _arrived(self, device: torch.device) -> Tensor:
-        """A counter that the blocks of a CUDA step use; it is 0 between steps."""
-        counters: dict[torch.device, Tensor] = vars(self).setdefault("_arrived_counters", {})
-        if device not in counters:
-            counters[device] = torch.zeros((), dtype=torch.int32, device=device)
-        return counters[device]
 
     def _plain_options(self, unscale: float) -> PlainOptions:
         extras = self._extras
@@ -331,7 +316,7 @@ class FusedStep(Preparing):
             max_grad_value=extras.max_grad_value,
             ema_decay=extras.ema_decay,
             stochastic_param=extras.stochastic_rounding,
-            stochastic_state=extras.state_dtype in (torch.bfloat16, "int8"),
+            stochastic_state=extras.rounds_states,
             seed=self._seed,
             random_step=self._random_step,
         )
@@ -350,6 +335,10 @@ class FusedStep(Preparing):
         for m in prepared.plain:
             dtypes.add(m.param.dtype)
             total += _reduced(_squares(unscaled(m, plain_options)), *sharded_over(m.key))
+        if self._shards is not None:
+            squares = torch.tensor(total, dtype=torch.float64, device=self._shards.device)
+            self._shards.add(squares)
+            total = squares.item()
         dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         return torch.tensor(math.sqrt(total) if total == total else math.nan, dtype=dtype)
 
@@ -370,21 +359,6 @@ class FusedStep(Preparing):
     def _checked_numbers(self, index: int, group: dict[str, Any], numbers: tuple[Any, ...]) -> tuple[float, ...]:
         self._check_group(index, group)
         return tuple(float(value) for value in numbers)
-
-
-def _on_device(rows: list[tuple[Any, ...]], device: torch.device) -> Tensor:
-    """The numbers of all groups as float64 [groups, 8]; those that lie on the device are not waited for."""
-    padded = [[*row, *[0.0] * (8 - len(row))] for row in rows]
-    # Filled there: a copy from the host would wait, or be lost to a captured graph.
-    return torch.stack(
-        [
-            v.detach().to(device, torch.float64).reshape(())
-            if isinstance(v, Tensor)
-            else torch.full((), float(v), dtype=torch.float64, device=device)
-            for row in padded
-            for v in row
-        ]
-    ).view(len(rows), 8)
 
 
 def _squares(t: Tensor) -> float:

@@ -1,0 +1,92 @@
+// The tensors of one step on their way into the form of params.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+
+#include <utility>
+#include <vector>
+
+#include "optim/op_checks.h"
+
+namespace dlfast::optim {
+
+// The tensors of one step in the form of params.h. What does not lie in one order without gaps is copied
+// into the order of its parameter and, where the step writes it, back.
+class DLFAST_HIDDEN Layouts {
+ public:
+  TensorRef ref(const Item& item) {
+    TensorRef ref = item.ref;
+    at::Tensor param = item.param;
+    if (!item.in_order) {
+      // A parameter with gaps is stood in for by a contiguous copy, whose order the others then follow.
+      if (!param.is_non_overlapping_and_dense()) {
+        param = at::empty_like(param, at::MemoryFormat::Contiguous);
+      }
+      ref.param = written(item.param, param);
+      for (int k = 0; k < kMaxStates; ++k) {
+        if (item.state[k].defined()) ref.state[k] = written(item.state[k], param);
+      }
+      if (item.average.defined()) ref.average = written(item.average, param);
+      if (item.master.defined()) ref.master = written(item.master, param);
+    }
+    if (same_order(item.grad, param)) {
+      // Only zeroing writes it.
+      ref.grad = const_cast<void*>(item.grad.const_data_ptr());
+    } else {
+      held_.push_back(at::empty_like(param).copy_(item.grad));
+      ref.grad = held_.back().mutable_data_ptr();
+    }
+    return ref;
+  }
+
+  void write_back() {
+    for (auto& [to, from] : back_) to.copy_(from);
+  }
+
+ private:
+  void* written(const at::Tensor& tensor, const at::Tensor& param) {
+    if (same_order(tensor, param)) return tensor.mutable_data_ptr();
+    at::Tensor copy = at::empty_strided(param.sizes(), param.strides(), tensor.options()).copy_(tensor);
+    back_.emplace_back(tensor, copy);
+    return copy.mutable_data_ptr();
+  }
+
+  std::vector<at::Tensor> held_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> back_;  // to, from
+};
+
+// Lets go of the gradients when a call ends: a plan must not hold them beyond their time.
+class DLFAST_HIDDEN GradientsHeld {
+ public:
+  explicit GradientsHeld(std::vector<Item>& items) : items_(items) {}
+  ~GradientsHeld() {
+    for (Item& item : items_) item.grad = at::Tensor();
+  }
+  GradientsHeld(const GradientsHeld&) = delete;
+  GradientsHeld& operator=(const GradientsHeld&) = delete;
+
+ private:
+  std::vector<Item>& items_;
+};
+
+inline void bump_version(const at::Tensor& t) {
+  if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+// Of all that a step writes of an item, beside gradients.
+inline void bump_versions(const Item& item) {
+  for_each_written(item, bump_version);
+  for (const at::Tensor& scale : item.scale) bump_version(scale);
+  bump_version(item.step);
+}
+
+// Clears what a pass over memory could not: copies, and gradients that several parameters share (`all`).
+inline void clear_rest(const std::vector<Item>& items, bool all) {
+  for (const Item& item : items) {
+    if (all || !item.in_order || !same_order(item.grad, item.param)) item.grad.zero_();
+  }
+}
+
+}  // namespace dlfast::optim

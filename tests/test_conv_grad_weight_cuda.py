@@ -185,3 +185,134 @@ def test_integers_are_exact(case, kind):
             assert torch.equal(actual.cpu(), expected.to(dtype)), message
         tested += problem.expected()[0].ne(0).any().item()
     assert tested >= 2
+
+
+# Blocks of several kinds: more outputs and channels than one takes, groups of taps, several tiles of a block,
+# several images in a tile, tiles and images that end early, channels and outputs that fill no pack.
+LARGE = [
+    Case(n=3, c=40, h=12, w=20, k=72, conv={"padding": 1}),
+    Case(n=2, c=72, h=6, w=7, k=40, kernel=(5, 5), conv={"padding": 2}),
+    Case(n=9, c=24, h=4, w=4, k=33, conv={"padding": 1}),
+    Case(n=2, c=64, h=18, w=17, k=32, kernel=(1, 1)),
+    Case(n=3, c=3, h=40, w=37, k=70, conv={"padding": 1}),
+    Case(n=2, c=3, h=33, w=30, k=64, kernel=(7, 7), conv={"padding": 3, "stride": 2}),
+    Case(n=2, c=4, h=20, w=26, k=16, kernel=(9, 9), conv={"padding": 4}),
+    Case(n=40, c=1, h=6, w=6, k=10, kernel=(5, 5), conv={"padding": 2}),
+    Case(n=1, c=17, h=24, w=33, k=6, conv={"padding": 2, "dilation": 2, "stride": (2, 1)}),
+]
+
+
+@pytest.mark.parametrize("pool", [{}, {"pool_size": 3, "ceil_mode": True}, {"pool": None}], ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_problems(case, pool, kind):
+    dtype, tf32 = kind
+    case = replace(case, pool=pool)
+    problem = make(case, dtype)
+    assert problem is not None
+    assert problem.path() == "single"
+    for actual, expected in zip(problem.backward(), problem.expected(), strict=True):
+        assert expected.ne(0).any()
+        assert torch.equal(actual.cpu(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[4], LARGE[7]], ids=str)
+@pytest.mark.parametrize("pool", [{}, {"pool": None}], ids=str)
+def test_normals_are_within_the_bound(case, pool, kind):
+    dtype, tf32 = kind
+    problem = make(replace(case, pool=pool), dtype, "normals")
+    assert problem is not None
+    assert problem.path() == "single"
+    assert_within_bound(problem, dtype, tf32)
+    first, second = problem.backward(), problem.backward()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "not the same bits on every run"
+
+
+@pytest.mark.parametrize("case", [Case(c=3, conv={"padding": 1}), Case(c=8, k=16, conv={"padding": 1})], ids=str)
+@pytest.mark.parametrize("pool", [{}, {"pool_size": 3}, {"pool": None}], ids=str)
+def test_nan_and_infinity(case, pool, kind):
+    """As in PyTorch, zeros of the dense gradient turn an infinite input into NaN, and only at taps that meet it."""
+    dtype, _ = kind
+    problem = make(replace(case, h=10, w=11, pool=pool), dtype)
+    assert problem is not None
+    for place, value in {(0, 1, 4, 5): float("inf"), (1, 0, 9, 10): float("nan"), (0, 2, 0, 3): -float("inf")}.items():
+        problem.input[place] = value
+    actual, _ = problem.backward()
+    expected, _ = problem.expected()
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(actual.cpu().nan_to_num(99), expected.to(dtype).nan_to_num(99))
+
+    # A gradient that is not finite, away from the padding, which PyTorch's convolutions do not agree about.
+    problem = make(replace(case, h=10, w=11, pool=pool), dtype)
+    assert problem is not None
+    sent = problem.grad_y[:, :, 1:-1, 1:-1]
+    sent[0, 3, 0, 1], sent[1, 0, 0, 0] = float("nan"), float("inf")
+    code = problem.code[:, :, 1:-1, 1:-1]
+    code[0, 3, 0, 1] = code[1, 0, 0, 0] = 1
+    problem.dense = dense_from_code(problem)
+    actual_pair, expected_pair = problem.backward(), problem.expected()
+    for actual, expected in zip(actual_pair, expected_pair, strict=True):
+        assert not expected.isfinite().all()
+        assert torch.equal(actual.cpu().nan_to_num(99), expected.to(dtype).nan_to_num(99))
+
+
+def dense_from_code(problem: Problem) -> Tensor:
+    """The dense gradient from what the operator is given alone."""
+    _, pool, size, stride, _, _ = problem.pooling
+    grad = problem.grad_y.double()
+    if pool is None:
+        return grad.masked_fill(problem.code <= 0, 0)
+    dense = torch.zeros_like(problem.dense)
+    for position in range(size[0] * size[1]):
+        sent = grad.masked_fill(problem.code != position, 0)
+        rows, columns = ((n - 1 - at) // s + 1 for n, at, s in
+                         zip(dense.shape[2:], divmod(position, size[1]), stride, strict=True))  # fmt: skip
+        part = dense[:, :, position // size[1] :: stride[0], position % size[1] :: stride[1]]
+        part[:, :, : min(rows, sent.size(2)), : min(columns, sent.size(3))] += sent[:, :, :rows, :columns]
+    return dense
+
+
+@pytest.mark.parametrize("case", [Case(c=16, k=32, h=8, w=8, conv={"padding": 1}),
+                                  Case(c=3, k=32, h=8, w=8, conv={"padding": 1})], ids=str)  # fmt: skip
+def test_storage_offsets(case, kind):
+    """Tensors that begin off a 16-byte boundary, where the aligned case takes wide accesses."""
+    dtype, _ = kind
+    for pool in ({}, {"pool": None}):
+        problem = make(replace(case, pool=pool), dtype)
+        assert problem is not None
+        moved = []
+        for tensor in problem.on_device():
+            flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:]
+            moved.append(flat.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor))
+        assert all(t.data_ptr() % 16 != 0 for t in moved)
+        for actual, expected in zip(problem.backward(moved), problem.expected(), strict=True):
+            assert torch.equal(actual.cpu(), expected.to(dtype))
+
+
+def test_what_does_not_fit_is_left_to_pytorch():
+    for changes in (
+        {"conv": {"groups": 2}, "c": 4, "k": 6},
+        {"pool": {"pool_size": 3, "pool_stride": 2}},
+        {"pool": {"pool": "avg"}},
+    ):
+        case = replace(Case(), **changes)
+        input, weight = (t.cuda().contiguous(memory_format=torch.channels_last) for t in cases.integers(case, torch.half)[:2])
+        problem = Problem(case, input, weight, input, input, input)
+        conv = [*problem.conv[:3], case.conv.get("groups", 1)]
+        rows = native.module.plan_block(input, weight, *conv, *problem.pooling, True)
+        assert [name for part, name, *_ in rows if part == "grad_weight"] == ["pytorch"]
+
+
+@pytest.mark.gpu_only
+def test_more_than_2_to_31_elements():
+    """An input beyond 32-bit indices; the gradient of its last image alone."""
+    input = torch.zeros(45, 64, 900, 900, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
+    assert input.numel() > 2**31
+    input[-1].normal_()
+    weight = torch.zeros(32, 64, 3, 3, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
+    grad = torch.randn(45, 32, 450, 450, device="cuda").half().to(memory_format=torch.channels_last)
+    code = torch.randint(0, 4, grad.shape, device="cuda", dtype=torch.uint8).to(memory_format=torch.channels_last)
+    options = ([1, 1], [1, 1], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False, [False, True, False])
+    op = torch.ops.dlfast._conv_relu_pool2d_backward
+    _, whole, _ = op(grad, input, weight, code, *options)
+    _, last, _ = op(grad[-1:], input[-1:], weight, code[-1:], *options)
+    torch.testing.assert_close(whole, last, rtol=1e-2, atol=1e-2 * last.abs().max().item())

@@ -1,5 +1,6 @@
-// Device bodies of conv_grad_weight(): partial sums of grad_weight and grad_bias, and their sum. No Torch, no
-// launch. kernel_conv_grad_weight_tile.cuh tells how a block works.
+// Device bodies of conv_grad_weight(): partial sums of grad_weight and grad_bias, which
+// SumOfSplits of kernel_channel_sums.cuh adds up. No Torch, no launch. kernel_conv_grad_weight_tile.cuh tells
+// how a block works.
 #pragma once
 
 #include "conv_relu_pool/kernel_conv_grad_weight_products.cuh"
@@ -11,7 +12,6 @@ template <typename Products>
 struct PartialSums {
   using T = typename Products::T;
   using Loader = typename Products::Loader;
-  static constexpr int kBlocksPerSm = Products::kBlocksPerSm;
   Params p;
   const T* input;    // [N, H, W, C]
   const T* grad_y;   // [N, PH, PW, K]
@@ -20,19 +20,19 @@ struct PartialSums {
 
   DLFAST_DEVICE void run(uint32_t block, int32_t thread, unsigned char* shared) const {
     const Share share(p, block);
-    const WarpRole role(p, thread);
     float* bias = share.columns_block == 0 ? reinterpret_cast<float*>(shared + p.at_bias) + thread : nullptr;
     const unsigned char* zeros = clear(shared, thread);
     write_tables<T>(p, share, shared, thread);
     __syncthreads();
 
     const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
-    Products products(p, role, columns);
+    Products products(p, WarpRole(p, thread), columns);
     GradientLoader<T> gradient(grad_y, code, share.first_output, thread);
     Loader patch(p, input, share.first_channel, thread);
     const auto* pixels = reinterpret_cast<const PixelEntry*>(shared + p.at_pixels);
     const auto* positions = reinterpret_cast<const PositionEntry*>(shared + p.at_positions);
-    const int32_t pixel_bytes = p.layout == PatchLayout::planes ? static_cast<int32_t>(sizeof(T)) : p.slot_pitch;
+    const int32_t pixel_bytes =
+        p.layout == PatchLayout::planes ? static_cast<int32_t>(sizeof(T)) : p.slot_pitch;
     const auto offsets_in = [&](int32_t side) {
       return reinterpret_cast<int32_t*>(shared + p.at_offsets) + side * p.pixels;
     };
@@ -48,12 +48,10 @@ struct PartialSums {
         write_offsets(p, place, pixels, pixel_bytes, offsets_in(side), thread);
       }
       if (next > share.first_tile) {
-        products.multiply(p,
+        products.multiply(p, WarpRole(p, again(thread)),
                           {.gradient = shared + p.at_gradient + other * p.gradient_bytes,
                            .patch = shared + p.at_patch + other * p.patch_bytes,
-                           .offsets = offsets_in(other),
-                           .first_step = role.pixels,
-                           .step = p.warps_pixels},
+                           .offsets = offsets_in(other)},
                           zeros);
       }
       if (more) {
@@ -70,12 +68,14 @@ struct PartialSums {
 
  private:
   // Sums of this block to memory.
-  DLFAST_DEVICE void finish(const Share& share, Products& products, unsigned char* shared, int32_t thread) const {
+  DLFAST_DEVICE void finish(const Share& share, Products& products, unsigned char* shared,
+                            int32_t thread) const {
     const WarpRole role(p, thread);
     const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
     float* target = partial + share.split * (p.columns() * p.outputs + p.outputs);
     if (share.columns_block == 0) {
-      sum_bias(share, reinterpret_cast<const float*>(shared + p.at_bias), target + p.columns() * p.outputs, thread);
+      sum_bias(share, reinterpret_cast<const float*>(shared + p.at_bias), target + p.columns() * p.outputs,
+               thread);
     }
     sum_over_warps(products, reinterpret_cast<float*>(shared + p.at_gradient), thread);
     if (role.pixels == 0) store(share, role, products, columns, target);
@@ -129,41 +129,10 @@ struct PartialSums {
     const ColumnEntry* first_column = columns + role.columns * Products::kColumns;
 #pragma unroll
     for (int i = 0; i < Products::kSums; ++i) {
-      const int32_t output = first_output + products.row(i);
-      const int32_t column = first_column[products.column(i)].target;
+      const int32_t output = first_output + products.row(i, role.lane);
+      const int32_t column = first_column[products.column(i, role.lane)].target;
       if (output < p.outputs && column != kNone) target[output * p.columns() + column] = products.sum(i);
     }
-  }
-};
-
-// grad_weight and grad_bias from the partial sums of all splits: a block has 32 neighbouring sums, its warps
-// take turns with the splits.
-template <typename T_>
-struct SumOfSplits {
-  using T = T_;
-  static constexpr int kBlocksPerSm = 4;
-  int64_t weights, biases;  // biases may be left out
-  int64_t pitch;            // of a split
-  int32_t splits;
-  const float* partial;
-  T* grad_weight;
-  T* grad_bias;
-
-  DLFAST_DEVICE void run(uint32_t block, int32_t thread, unsigned char* shared) const {
-    const int32_t lane = thread % 32, warp = thread / 32;
-    const int64_t i = int64_t{block} * 32 + lane;
-    const bool exists = i < weights + biases;
-    float sum = 0;
-    if (exists) {
-#pragma unroll 4
-      for (int32_t split = warp; split < splits; split += kWarps) sum += partial[split * pitch + i];
-    }
-    auto* sums = reinterpret_cast<float*>(shared);
-    sums[thread] = sum;
-    __syncthreads();
-    if (warp != 0 || !exists) return;
-    for (int other = 1; other < kWarps; ++other) sum += sums[other * 32 + lane];
-    (i < weights ? grad_weight[i] : grad_bias[i - weights]) = narrow<T>(sum);
   }
 };
 

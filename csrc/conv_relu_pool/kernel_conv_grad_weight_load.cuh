@@ -29,8 +29,8 @@ DLFAST_DEVICE void copies_done() {
 #endif
 }
 
-// x, in a way that keeps what is computed from it out of registers while a tile is multiplied: compilers would
-// compute it once for all tiles.
+// x, in a way that keeps what is computed from it out of registers while a tile is multiplied: compilers
+// would compute it once for all tiles.
 DLFAST_DEVICE int32_t again(int32_t x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -181,13 +181,13 @@ class GradientLoader {
   }
 
   // Every pixel of the window, in shared memory: its gradient where it won, else zero.
-  DLFAST_DEVICE void expand(const Params& p, const Place& place, const Window<T>& w, int32_t window, int32_t pack,
-                            unsigned char* gradient, float* bias) const {
+  DLFAST_DEVICE void expand(const Params& p, const Place& place, const Window<T>& w, int32_t window,
+                            int32_t pack, unsigned char* gradient, float* bias) const {
     const Where at = where(p, window);
-    unsigned char* to = gradient + pack * 16 +
-                        ((at.image * p.tile[0] + at.row * p.window_stride[0]) * p.tile[1] +
-                         at.column * p.window_stride[1]) *
-                            p.gradient_pitch;
+    unsigned char* to =
+        gradient + pack * 16 +
+        ((at.image * p.tile[0] + at.row * p.window_stride[0]) * p.tile[1] + at.column * p.window_stride[1]) *
+            p.gradient_pitch;
     uint32_t words[4];
     if (p.passing == Passing::winners) {
 #pragma unroll
@@ -348,9 +348,9 @@ class PlanesLoader {
 
 // ---- Which pixels exist -------------------------------------------------------------------------------
 
-// Where each pixel of a tile has its numbers in the patch, in bytes, of its plane or of all. The sign says that
-// it lies beyond the convolution output: it must meet no input, not even where the gradient there is zero,
-// because zero times NaN is NaN.
+// Where each pixel of a tile has its numbers in the patch, in bytes, of its plane or of all. The sign says
+// that it lies beyond the convolution output: it must meet no input, not even where the gradient there is
+// zero, because zero times NaN is NaN.
 constexpr int32_t kMissing = INT32_MIN;
 
 DLFAST_DEVICE void write_offsets(const Params& p, const Place& place, const PixelEntry* pixels, int32_t pitch,

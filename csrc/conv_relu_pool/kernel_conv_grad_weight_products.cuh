@@ -13,27 +13,28 @@
 
 namespace dlfast::grad_weight {
 
-// What a warp reads of a tile: its own rows and columns begin at `output` and `column`.
+// A tile in shared memory.
 struct View {
   const unsigned char* gradient;
   const unsigned char* patch;
   const int32_t* offsets;
-  int32_t first_step, step;  // of pixels; warps that share rows and columns take turns
 };
 
+// Which of the warps along each; those that share rows and columns take turns with the pixels.
 struct WarpRole {
-  int32_t lane, pixels, outputs, columns;  // which of the warps along each
+  int32_t lane, pixels, outputs, columns;
 
   DLFAST_DEVICE WarpRole(const Params& p, int32_t thread) {
     const int32_t warp = thread / 32;
     lane = thread % 32;
-    outputs = warp % p.warps_outputs;
-    columns = warp / p.warps_outputs % p.warps_columns;
-    pixels = warp / (p.warps_outputs * p.warps_columns);
+    outputs = warp & ((1 << p.log_warps_outputs) - 1);
+    columns = warp >> p.log_warps_outputs & ((1 << p.log_warps_columns) - 1);
+    pixels = warp >> (p.log_warps_outputs + p.log_warps_columns);
   }
 };
 
-// Zeros that missing pixels meet: one for each bank, so that they come from the bank where the pixel would be.
+// Zeros that missing pixels meet: one for each bank, so that they come from the bank where the pixel would
+// be.
 constexpr int kZeroBytes = 128;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -46,8 +47,7 @@ DLFAST_DEVICE void load_gradient(uint32_t (&a)[kFragments][4], const unsigned ch
   for (int m = 0; m < kFragments; ++m) {
     if constexpr (sizeof(T) == 2) {
       const int32_t pixel = step * 16 + lane / 16 * 8 + lane % 8;
-      load_matrices_transposed(a[m],
-                               shared_address(gradient + pixel * pitch + m * 32 + lane / 8 % 2 * 16));
+      load_matrices_transposed(a[m], shared_address(gradient + pixel * pitch + m * 32 + lane / 8 % 2 * 16));
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -73,32 +73,36 @@ class TensorSlots {
   static constexpr int kOutputs = 32, kGroups = 9, kColumns = kGroups * 8;  // 3x3 taps of eight channels
   static constexpr int kFragments = kOutputs / 16;
   static constexpr int kSums = kFragments * kGroups * 4;
-  static constexpr int kBlocksPerSm = 2;
 
-  DLFAST_DEVICE TensorSlots(const Params& /*p*/, const WarpRole& role, const ColumnEntry* columns)
-      : lane_(role.lane), gradient_(role.outputs * kOutputs * static_cast<int32_t>(sizeof(T))) {
+  DLFAST_DEVICE TensorSlots(const Params& /*p*/, const WarpRole& role, const ColumnEntry* columns) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       // Of 16-bit numbers one load brings two groups of eight columns, by half of the lanes each.
-      const int32_t group = sizeof(T) == 2 ? min(2 * j + lane_ / 16, kGroups - 1) : j;
+      const int32_t group = sizeof(T) == 2 ? min(2 * j + role.lane / 16, kGroups - 1) : j;
       offset_[j] = columns[role.columns * kColumns + group * 8].offset;
-      if (sizeof(T) == 4) offset_[j] += lane_ / 4 * 4;
+      if (sizeof(T) == 4) offset_[j] += role.lane / 4 * 4;
     }
   }
 
   DLFAST_DEVICE float& sum(int i) { return sum_[i / 4 / kGroups][i / 4 % kGroups][i % 4]; }
-  DLFAST_DEVICE int32_t row(int i) const { return i / 4 / kGroups * 16 + i % 4 / 2 * 8 + lane_ / 4; }
-  DLFAST_DEVICE int32_t column(int i) const { return i / 4 % kGroups * 8 + lane_ % 4 * 2 + i % 2; }
+  DLFAST_DEVICE int32_t row(int i, int32_t lane) const {
+    return i / 4 / kGroups * 16 + i % 4 / 2 * 8 + lane / 4;
+  }
+  DLFAST_DEVICE int32_t column(int i, int32_t lane) const {
+    return i / 4 % kGroups * 8 + lane % 4 * 2 + i % 2;
+  }
 
-  DLFAST_DEVICE void multiply(const Params& p, const View& view, const unsigned char* zeros) {
+  DLFAST_DEVICE void multiply(const Params& p, const WarpRole& role, const View& view,
+                              const unsigned char* zeros) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    const int32_t steps = p.pixels / kStepPixels<T>;
+    const unsigned char* gradient = view.gradient + role.outputs * kOutputs * static_cast<int32_t>(sizeof(T));
+    const int32_t steps = p.pixels / kStepPixels<T>, lane = role.lane;
 #pragma unroll 1
-    for (int32_t step = view.first_step; step < steps; step += view.step) {
+    for (int32_t step = role.pixels; step < steps; step += p.warps_pixels) {
       uint32_t a[kFragments][4];
-      load_gradient<T>(a, view.gradient + gradient_, p.gradient_pitch, step, lane_);
+      load_gradient<T>(a, gradient, p.gradient_pitch, step, lane);
       if constexpr (sizeof(T) == 2) {
-        const int32_t offset = view.offsets[step * 16 + lane_ % 16];
+        const int32_t offset = view.offsets[step * 16 + lane % 16];
         const uint32_t patch = shared_address(view.patch), none = shared_address(zeros);
 #pragma unroll
         for (int j = 0; j < kLoads; ++j) {
@@ -112,7 +116,7 @@ class TensorSlots {
           }
         }
       } else {
-        const int32_t* offsets = view.offsets + step * 8 + lane_ % 4;
+        const int32_t* offsets = view.offsets + step * 8 + lane % 4;
         const int32_t offset[2] = {offsets[0], offsets[4]};
 #pragma unroll
         for (int j = 0; j < kLoads; ++j) {
@@ -136,7 +140,6 @@ class TensorSlots {
 
  private:
   static constexpr int kLoads = sizeof(T) == 2 ? (kGroups + 1) / 2 : kGroups;
-  int32_t lane_, gradient_;
   int32_t offset_[kLoads];
   float sum_[kFragments][kGroups][4] = {};
 };
@@ -149,41 +152,44 @@ class TensorPlanes {
   static constexpr int kFragments = kFragments_, kOutputs = kFragments * 16;
   static constexpr int kGroups = 4, kColumns = kGroups * 8;  // 27 of them are those of 3x3 taps of RGB
   static constexpr int kSums = kFragments * kGroups * 4;
-  static constexpr int kBlocksPerSm = 2;
 
-  DLFAST_DEVICE TensorPlanes(const Params& p, const WarpRole& role, const ColumnEntry* columns)
-      : lane_(role.lane), gradient_(role.outputs * kOutputs * static_cast<int32_t>(sizeof(T))) {
+  DLFAST_DEVICE TensorPlanes(const Params& p, const WarpRole& role, const ColumnEntry* columns) {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      offset_[j] = columns[role.columns * kColumns + j * 8 + lane_ / 4].offset;
+      offset_[j] = columns[role.columns * kColumns + j * 8 + role.lane / 4].offset;
       // An odd slot is the even one before it in the shifted copy.
       if (sizeof(T) == 2 && offset_[j] % 4 != 0) offset_[j] += p.copy_pitch - 2;
     }
   }
 
   DLFAST_DEVICE float& sum(int i) { return sum_[i / 4 / kGroups][i / 4 % kGroups][i % 4]; }
-  DLFAST_DEVICE int32_t row(int i) const { return i / 4 / kGroups * 16 + i % 4 / 2 * 8 + lane_ / 4; }
-  DLFAST_DEVICE int32_t column(int i) const { return i / 4 % kGroups * 8 + lane_ % 4 * 2 + i % 2; }
+  DLFAST_DEVICE int32_t row(int i, int32_t lane) const {
+    return i / 4 / kGroups * 16 + i % 4 / 2 * 8 + lane / 4;
+  }
+  DLFAST_DEVICE int32_t column(int i, int32_t lane) const {
+    return i / 4 % kGroups * 8 + lane % 4 * 2 + i % 2;
+  }
 
-  DLFAST_DEVICE void multiply(const Params& p, const View& view, const unsigned char* /*zeros*/) {
+  DLFAST_DEVICE void multiply(const Params& p, const WarpRole& role, const View& view,
+                              const unsigned char* /*zeros*/) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    const int32_t steps = p.pixels / kStepPixels<T>;
+    const unsigned char* gradient = view.gradient + role.outputs * kOutputs * static_cast<int32_t>(sizeof(T));
+    const int32_t steps = p.pixels / kStepPixels<T>, lane = role.lane;
 #pragma unroll 1
-    for (int32_t step = view.first_step; step < steps; step += view.step) {
+    for (int32_t step = role.pixels; step < steps; step += p.warps_pixels) {
       uint32_t a[kFragments][4];
-      load_gradient<T>(a, view.gradient + gradient_, p.gradient_pitch, step, lane_);
+      load_gradient<T>(a, gradient, p.gradient_pitch, step, lane);
       uint32_t mask[2];
       const unsigned char* pixel[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         int32_t offset;
         if constexpr (sizeof(T) == 2) {
-          const auto pair =
-              *reinterpret_cast<const int2*>(view.offsets + step * 16 + i * 8 + lane_ % 4 * 2);
+          const auto pair = *reinterpret_cast<const int2*>(view.offsets + step * 16 + i * 8 + lane % 4 * 2);
           mask[i] = (pair.x >= 0 ? 0xffffu : 0u) | (pair.y >= 0 ? 0xffff0000u : 0u);
           offset = pair.x;
         } else {
-          offset = view.offsets[step * 8 + i * 4 + lane_ % 4];
+          offset = view.offsets[step * 8 + i * 4 + lane % 4];
           mask[i] = offset >= 0 ? 0xffffffffu : 0u;
         }
         pixel[i] = view.patch + (offset & ~kMissing);
@@ -192,7 +198,8 @@ class TensorPlanes {
       for (int j = 0; j < kGroups; ++j) {
         uint32_t b[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) b[i] = *reinterpret_cast<const uint32_t*>(pixel[i] + offset_[j]) & mask[i];
+        for (int i = 0; i < 2; ++i)
+          b[i] = *reinterpret_cast<const uint32_t*>(pixel[i] + offset_[j]) & mask[i];
         if constexpr (sizeof(T) == 4) round_to_tf32(b);
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) multiply_add<T>(sum_[m][j], a[m], b[0], b[1]);
@@ -204,7 +211,6 @@ class TensorPlanes {
   }
 
  private:
-  int32_t lane_, gradient_;
   int32_t offset_[kGroups];
   float sum_[kFragments][kGroups][4] = {};
 };
@@ -216,30 +222,33 @@ class Fma {
   using Loader = Loader_;
   static constexpr int kOutputs = 64, kColumns = 32;
   static constexpr int kSums = 64;  // of 8 rows, in packs, and 8 columns, 4 apart
-  static constexpr int kBlocksPerSm = 2;
 
-  DLFAST_DEVICE Fma(const Params& /*p*/, const WarpRole& role, const ColumnEntry* columns)
-      : lane_(role.lane), gradient_(role.outputs * kOutputs * static_cast<int32_t>(sizeof(T))) {
+  DLFAST_DEVICE Fma(const Params& /*p*/, const WarpRole& role, const ColumnEntry* columns) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      offset_[j] = columns[role.columns * kColumns + j * 4 + lane_ / 8].offset;
+      offset_[j] = columns[role.columns * kColumns + j * 4 + role.lane / 8].offset;
     }
   }
 
   DLFAST_DEVICE float& sum(int i) { return sum_[i / 8][i % 8]; }
-  DLFAST_DEVICE int32_t row(int i) const { return i / 8 / N * 8 * N + lane_ % 8 * N + i / 8 % N; }
-  DLFAST_DEVICE int32_t column(int i) const { return i % 8 * 4 + lane_ / 8; }
+  DLFAST_DEVICE int32_t row(int i, int32_t lane) const {
+    return i / 8 / N * 8 * N + lane % 8 * N + i / 8 % N;
+  }
+  DLFAST_DEVICE int32_t column(int i, int32_t lane) const { return i % 8 * 4 + lane / 8; }
 
-  DLFAST_DEVICE void multiply(const Params& p, const View& view, const unsigned char* /*zeros*/) {
+  DLFAST_DEVICE void multiply(const Params& p, const WarpRole& role, const View& view,
+                              const unsigned char* /*zeros*/) {
+    const unsigned char* gradient = view.gradient + role.outputs * kOutputs * static_cast<int32_t>(sizeof(T));
+    const int32_t lane = role.lane;
 #pragma unroll 1
-    for (int32_t pixel = view.first_step; pixel < p.pixels; pixel += view.step) {
+    for (int32_t pixel = role.pixels; pixel < p.pixels; pixel += p.warps_pixels) {
       const int32_t offset = view.offsets[pixel];
       if (offset < 0) continue;
       float a[8];
 #pragma unroll
       for (int i = 0; i < 8 / N; ++i) {
-        const auto pack = *reinterpret_cast<const Pack<T, N>*>(view.gradient + gradient_ +
-                                                               pixel * p.gradient_pitch + (i * 8 + lane_ % 8) * 16);
+        const auto pack = *reinterpret_cast<const Pack<T, N>*>(gradient + pixel * p.gradient_pitch +
+                                                               (i * 8 + lane % 8) * 16);
 #pragma unroll
         for (int k = 0; k < N; ++k) a[i * N + k] = widen(pack.at[k]);
       }
@@ -254,7 +263,6 @@ class Fma {
 
  private:
   static constexpr int N = kPackSize<T>;
-  int32_t lane_, gradient_;
   int32_t offset_[8];
   float sum_[8][8] = {};
 };

@@ -35,38 +35,39 @@ enum class PatchLayout : int32_t { slots, planes };
 
 struct Params {
   // The problem. [2]: height, width.
-  int32_t batch, channels, outputs;           // N, C, K
-  int32_t in[2], pixels_of[2], pooled[2];     // input, convolution output, grad_y
+  int32_t batch, channels, outputs;        // N, C, K
+  int32_t in[2], pixels_of[2], pooled[2];  // input, convolution output, grad_y
   int32_t kernel[2], stride[2], padding[2], dilation[2];
-  int32_t window[2], window_stride[2];        // stride >= size; 1 and 1 without pooling
+  int32_t window[2], window_stride[2];  // stride >= size; 1 and 1 without pooling
   Passing passing;
-  bool packs_of_outputs, packs_of_channels;   // grad_y and code, or input, may be read 16 bytes at a time
+  bool packs_of_outputs, packs_of_channels;  // grad_y and code, or input, may be read 16 bytes at a time
 
   // A tile: `images` times `tile` pixels, whole windows.
   int32_t images, tile[2];
   int32_t pixels;      // of a tile, rounded up to whole steps
   int32_t windows[2];  // of one image in it
   Divider<uint32_t> by_windows[2];
-  int32_t patch[2];    // rows and columns of input under one image
-  int32_t phase[2];    // rows and columns of one phase of the stride
-  int32_t row_pitch, image_pitch;      // in slots
-  Divider<uint32_t> by_tiles[2];       // tiles of a plane
-  int32_t tiles;                       // of the problem
+  int32_t patch[2];                // rows and columns of input under one image
+  int32_t phase[2];                // rows and columns of one phase of the stride
+  int32_t row_pitch, image_pitch;  // in slots
+  Divider<uint32_t> by_tiles[2];   // tiles of a plane
+  int32_t tiles;                   // of the problem
 
   // What a block takes.
   PatchLayout layout;
   Divider<uint32_t> by_channels;
-  int32_t block_outputs;               // rows of the product
+  int32_t block_outputs;                        // rows of the product
   int32_t log_output_packs, log_channel_packs;  // of a block, 16 bytes each
   int32_t block_channels, block_taps;  // columns; with planes all channels, and block_columns instead
   int32_t block_columns;
-  int32_t columns_in_warps;            // of a block, those included that do not exist
-  int32_t warps_outputs, warps_columns, warps_pixels;  // multiply to kWarps
-  int32_t blocks_outputs, blocks_columns, splits;      // multiply to the grid
+  int32_t columns_in_warps;                                    // of a block, those included that do not exist
+  int32_t log_warps_outputs, log_warps_columns, warps_pixels;  // multiply to kWarps
+  int32_t blocks_outputs, blocks_columns, splits;              // multiply to the grid
 
   // Shared memory, in bytes. Pitches: of a pixel's gradient, of a slot, of a plane and of its shifted copy.
   int32_t gradient_pitch, slot_pitch, plane_pitch, copy_pitch;
-  int32_t at_columns, at_offsets, at_pixels, at_positions, at_bias, at_gradient, gradient_bytes, at_patch, patch_bytes;
+  int32_t at_columns, at_offsets, at_pixels, at_positions, at_bias, at_gradient, gradient_bytes, at_patch,
+      patch_bytes;
 
   DLFAST_HOST_DEVICE int32_t taps() const { return kernel[0] * kernel[1]; }
   DLFAST_HOST_DEVICE int32_t positions() const { return images * patch[0] * patch[1]; }

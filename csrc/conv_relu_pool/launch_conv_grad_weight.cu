@@ -12,14 +12,22 @@
 #include <cuda_runtime.h>
 
 #include "common/launch_check.h"
+#include "conv_relu_pool/kernel_channel_sums.cuh"
 #include "conv_relu_pool/kernel_conv_grad_weight.cuh"
 
 namespace dlfast {
 namespace grad_weight {
 namespace {
 
+using channel_sums::SumOfSplits;
+
 template <typename Body>
-__global__ void __launch_bounds__(kThreads, Body::kBlocksPerSm)
+constexpr int kBlocksPerSm = 1;
+template <typename Products>
+constexpr int kBlocksPerSm<PartialSums<Products>> = 2;  // as far as registers go; shared memory may allow one
+
+template <typename Body>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Body>)
     conv_grad_weight_kernel(const __grid_constant__ Body body) {
   extern __shared__ __align__(128) unsigned char shared[];  // banks are chosen by the last bits of addresses
   body.run(blockIdx.x, static_cast<int32_t>(threadIdx.x), shared);
@@ -78,15 +86,14 @@ void run(const Call& call) {
   allow_shared_memory<PartialSums<Products>>();
   launch(body, call.plan.blocks(), call.plan.shared_bytes, call.stream);
 
-  const SumOfSplits<T> sum{.weights = p.columns() * p.outputs,
-                           .biases = call.grad_bias == nullptr ? 0 : p.outputs,
+  const SumOfSplits<T> sum{.count = p.columns() * p.outputs,
+                           .second_count = call.grad_bias == nullptr ? 0 : p.outputs,
                            .pitch = call.plan.split_pitch(),
                            .splits = p.splits,
                            .partial = call.scratch,
-                           .grad_weight = static_cast<T*>(call.grad_weight),
-                           .grad_bias = static_cast<T*>(call.grad_bias)};
-  launch(sum, (sum.weights + sum.biases + 31) / 32, kThreads * static_cast<int64_t>(sizeof(float)),
-         call.stream);
+                           .result = static_cast<T*>(call.grad_weight),
+                           .second = static_cast<T*>(call.grad_bias)};
+  launch(sum, sum.blocks(), kThreads * static_cast<int64_t>(sizeof(float)), call.stream);
 }
 
 template <typename T>

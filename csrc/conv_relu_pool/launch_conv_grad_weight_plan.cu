@@ -22,15 +22,10 @@ constexpr int64_t congruent(int64_t n, int64_t remainder, int64_t modulus) {
   return n + ((remainder - n) % modulus + modulus) % modulus;
 }
 
-constexpr int32_t power_of_two(int64_t n) {
-  int32_t power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
-
-constexpr int32_t log2_of(int64_t power) {
+// Rounded up.
+constexpr int32_t log2_of(int64_t n) {
   int32_t log = 0;
-  while ((int64_t{1} << log) < power) ++log;
+  while ((int64_t{1} << log) < n) ++log;
   return log;
 }
 
@@ -148,8 +143,8 @@ class Planner {
     p.passing = pool.pool == Pool::max                ? Passing::winners
                 : pool.activation == Activation::relu ? Passing::positive
                                                       : Passing::all;
-    p.warps_outputs = static_cast<int32_t>(warps_outputs());
-    p.block_outputs = static_cast<int32_t>(p.warps_outputs * warp_.outputs);
+    p.log_warps_outputs = log2_of(warps_outputs());
+    p.block_outputs = static_cast<int32_t>(warps_outputs() * warp_.outputs);
     p.log_output_packs = log2_of(p.block_outputs * element_ / 16);
     p.blocks_outputs = static_cast<int32_t>(ceil_div(p.outputs, p.block_outputs));
     // Words of a row of eight outputs, or of four of them in each of four pixels, are in different banks.
@@ -158,13 +153,13 @@ class Planner {
   }
 
   void set_warps(Params& p, int64_t columns) const {
-    p.warps_columns = power_of_two(ceil_div(columns, warp_.columns));
-    p.warps_pixels = kWarps / (p.warps_outputs * p.warps_columns);
-    p.columns_in_warps = static_cast<int32_t>(p.warps_columns * warp_.columns);
+    p.log_warps_columns = log2_of(ceil_div(columns, warp_.columns));
+    p.warps_pixels = kWarps >> (p.log_warps_outputs + p.log_warps_columns);
+    p.columns_in_warps = static_cast<int32_t>(warp_.columns << p.log_warps_columns);
   }
 
   Params with_planes(Params p) const {
-    const int64_t most = kWarps / p.warps_outputs * warp_.columns;
+    const int64_t most = kWarps / warps_outputs() * warp_.columns;
     p.layout = PatchLayout::planes;
     p.by_channels = Divider<uint32_t>(static_cast<uint32_t>(p.channels));
     p.block_columns = static_cast<int32_t>(std::min(p.columns(), most));

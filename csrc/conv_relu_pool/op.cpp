@@ -263,10 +263,26 @@ struct Backward {
                                     c.padding, c.dilation, /*transposed=*/false, /*output_padding=*/{0, 0},
                                     c.groups, mask);
   }
+  // On CUDA grad_bias needs no second pass over the dense gradient, but that an average sends everywhere.
+  bool bias_from_pooled() const { return input.is_cuda() && p.pool.pool != Pool::avg; }
+  Tensor bias([[maybe_unused]] const Tensor& grad_z) const {
+#ifdef DLFAST_WITH_CUDA
+    return cuda_grad_bias(p.pool, dtype, bias_from_pooled() ? grad_output : grad_z, code);
+#else
+    return nothing(input);
+#endif
+  }
   // Those that `mask` asks for still, in the dense way.
   Gradients complete(Gradients found, Mask mask) const {
     if (!mask[0] && !mask[1] && !mask[2]) return found;
-    const auto [dense_input, dense_weight, dense_bias] = dense(expand(), mask);
+    Tensor grad_z;
+    if (mask[0] || mask[1] || !bias_from_pooled()) grad_z = expand();
+    if (mask[2] && input.is_cuda()) {
+      std::get<2>(found) = bias(grad_z);
+      mask[2] = false;
+      if (!mask[0] && !mask[1]) return found;
+    }
+    const auto [dense_input, dense_weight, dense_bias] = dense(grad_z, mask);
     if (mask[0]) std::get<0>(found) = dense_input;
     if (mask[1]) std::get<1>(found) = dense_weight;
     if (mask[2]) std::get<2>(found) = dense_bias;
@@ -315,7 +331,11 @@ Gradients cuda_backward(const Backward& b, const PlanContext& context, Mask mask
     measure_backward(c, b.input, mask[0],
                      {.expand = [&] { grad_z = b.expand(); },
                       .dense_input = [&] { b.dense(grad_z, {true, false, false}); },
-                      .dense_weight = [&] { b.dense(grad_z, {false, true, mask[2]}); },
+                      .dense_weight =
+                          [&] {
+                            b.dense(grad_z, {false, true, false});
+                            if (mask[2]) b.bias(grad_z);
+                          },
                       .own_input = [&] { own_input(); },
                       .own_weight = [&] { own_weight(); }});
   }

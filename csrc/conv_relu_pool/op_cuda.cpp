@@ -109,6 +109,17 @@ Tensor single_grad_input(const CudaConv& c, const Tensor& input, const Tensor& w
   return grad_input;
 }
 
+Tensor cuda_grad_bias(const ReluPoolParams& p, Dtype dtype, const Tensor& grad, const Tensor& code) {
+  const Tensor g = grad.contiguous(p.channels_last ? kLast : at::MemoryFormat::Contiguous);
+  Tensor grad_bias = at::zeros({p.channels}, g.options());
+  if (g.numel() == 0) return grad_bias;
+  const auto sums = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
+  const Tensor scratch = at::empty({grad_bias_scratch(p)}, g.options().dtype(sums));
+  grad_bias_cuda(p, dtype, g.const_data_ptr(), p.pool == Pool::avg ? nullptr : pointer(code),
+                 scratch.data_ptr(), grad_bias.data_ptr(), current_stream(g));
+  return grad_bias;
+}
+
 std::tuple<Tensor, Tensor> single_grad_weight(const CudaConv& c, const Tensor& input, const Tensor& weight,
                                               const Tensor& grad_output, const Tensor& code) {
   const Tensor x = input.contiguous(kLast), grad = grad_output.contiguous(kLast);

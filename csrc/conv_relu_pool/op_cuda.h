@@ -25,6 +25,10 @@ std::tuple<at::Tensor, at::Tensor> single_grad_weight(const CudaConv& c, const a
                                                       const at::Tensor& weight, const at::Tensor& grad_output,
                                                       const at::Tensor& code);
 
+// grad_bias of a block on CUDA: from the gradient of its output, or with average pooling from the dense one.
+at::Tensor cuda_grad_bias(const ReluPoolParams& p, Dtype dtype, const at::Tensor& grad,
+                          const at::Tensor& code);
+
 // The ways of a backward, each of which computes and throws away. The dense ones follow `expand`.
 struct BackwardWays {
   std::function<void()> expand, dense_input, dense_weight, own_input, own_weight;

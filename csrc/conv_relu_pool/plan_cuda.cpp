@@ -182,10 +182,11 @@ void add_grad_input(const Problem& q, Ways& ways) {
 
 void add_grad_weight(const Problem& q, Ways& ways) {
   const Expanding expanding(q);
-  const double dense = 2 * q.z + q.weight + q.input;  // twice: for grad_bias too
-  const double own = gradient_bytes(q) + q.weight + q.input;
-  ways.add(Path::eager, dense + expanding.eager_bytes, q.convolution(dense) + expanding.eager);
-  ways.add(Path::pytorch, dense + expanding.own_bytes, q.convolution(dense) + expanding.own);
+  const double dense = q.z + q.weight + q.input, own = gradient_bytes(q) + q.weight + q.input;
+  // And once more for grad_bias: what is dense, or where our kernel takes it, what it is expanded from.
+  const double eager = dense + q.z, epilogue = dense + gradient_bytes(q);
+  ways.add(Path::eager, eager + expanding.eager_bytes, q.convolution(eager) + expanding.eager);
+  ways.add(Path::pytorch, epilogue + expanding.own_bytes, q.convolution(epilogue) + expanding.own);
   if (conv_grad_weight_fits(q.c, q.device)) {
     const auto processors = static_cast<double>(q.device.processors) * kBlocksPerProcessor;
     const ConvWork even{.blocks = static_cast<int64_t>(processors), .macs = q.macs / processors};

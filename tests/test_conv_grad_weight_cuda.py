@@ -205,7 +205,7 @@ LARGE = [
 @pytest.mark.parametrize("pool", [{}, {"pool_size": 3, "ceil_mode": True}, {"pool": None}], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_problems(case, pool, kind):
-    dtype, tf32 = kind
+    dtype, _ = kind
     case = replace(case, pool=pool)
     problem = make(case, dtype)
     assert problem is not None
@@ -215,7 +215,7 @@ def test_large_problems(case, pool, kind):
         assert torch.equal(actual.cpu(), expected.to(dtype))
 
 
-@pytest.mark.parametrize("case", [LARGE[0], LARGE[4], LARGE[7]], ids=str)
+@pytest.mark.parametrize("case", [LARGE[2], LARGE[5], LARGE[7]], ids=str)
 @pytest.mark.parametrize("pool", [{}, {"pool": None}], ids=str)
 def test_normals_are_within_the_bound(case, pool, kind):
     dtype, tf32 = kind
@@ -242,7 +242,7 @@ def test_nan_and_infinity(case, pool, kind):
     assert torch.equal(actual.cpu().nan_to_num(99), expected.to(dtype).nan_to_num(99))
 
     # A gradient that is not finite, away from the padding, which PyTorch's convolutions do not agree about.
-    problem = make(replace(case, h=10, w=11, pool=pool), dtype)
+    problem = make(replace(case, h=14, w=13, pool=pool), dtype)
     assert problem is not None
     sent = problem.grad_y[:, :, 1:-1, 1:-1]
     sent[0, 3, 0, 1], sent[1, 0, 0, 0] = float("nan"), float("inf")
@@ -295,7 +295,9 @@ def test_what_does_not_fit_is_left_to_pytorch():
         {"pool": {"pool": "avg"}},
     ):
         case = replace(Case(), **changes)
-        input, weight = (t.cuda().contiguous(memory_format=torch.channels_last) for t in cases.integers(case, torch.half)[:2])
+        input, weight = (
+            t.cuda().contiguous(memory_format=torch.channels_last) for t in cases.integers(case, torch.half)[:2]
+        )
         problem = Problem(case, input, weight, input, input, input)
         conv = [*problem.conv[:3], case.conv.get("groups", 1)]
         rows = native.module.plan_block(input, weight, *conv, *problem.pooling, True)

@@ -19,16 +19,22 @@ struct PartialSums {
   float* partial;
 
   DLFAST_DEVICE void run(uint32_t block, int32_t thread, unsigned char* shared) const {
-    const Share share(p, block);
-    float* bias = share.columns_block == 0 ? reinterpret_cast<float*>(shared + p.at_bias) + thread : nullptr;
     const unsigned char* zeros = clear(shared, thread);
-    write_tables<T>(p, share, shared, thread);
+    {
+      const Share share(p, block);
+      write_tables<T>(p, share, shared, thread);
+      if (thread == 0) *reinterpret_cast<Share*>(shared + p.at_share) = share;
+    }
     __syncthreads();
+    // Read anew wherever it is needed, see again().
+    const auto share = [&]() -> const Share& {
+      return *reinterpret_cast<const Share*>(shared + again(p.at_share));
+    };
 
     const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
     Products products(p, WarpRole(p, thread), columns);
-    GradientLoader<T> gradient(grad_y, code, share.first_output, thread);
-    Loader patch(p, input, share.first_channel, thread);
+    GradientLoader<T> gradient(grad_y, code, thread);
+    Loader patch(p, input, thread);
     const auto* pixels = reinterpret_cast<const PixelEntry*>(shared + p.at_pixels);
     const auto* positions = reinterpret_cast<const PositionEntry*>(shared + p.at_positions);
     const int32_t pixel_bytes =
@@ -37,17 +43,17 @@ struct PartialSums {
       return reinterpret_cast<int32_t*>(shared + p.at_offsets) + side * p.pixels;
     };
     // The first time round there is a tile to load and none to multiply, the last time the other way round.
-    for (int32_t next = share.first_tile; next <= share.last_tile; ++next) {
-      const int32_t side = (next - share.first_tile) % 2, other = 1 - side;
-      const bool more = next < share.last_tile;
+    for (int32_t next = share().first_tile; next <= share().last_tile; ++next) {
+      const int32_t side = next & 1, other = 1 - side;
+      const bool more = next < share().last_tile;
       unsigned char* next_patch = shared + p.at_patch + side * p.patch_bytes;
       if (more) {
         const Place place(p, next);
-        gradient.fetch(p, place);
-        patch.fetch(p, place, positions, next_patch);
+        gradient.fetch(p, share(), place);
+        patch.fetch(p, share(), place, positions, next_patch);
         write_offsets(p, place, pixels, pixel_bytes, offsets_in(side), thread);
       }
-      if (next > share.first_tile) {
+      if (next > share().first_tile) {
         products.multiply(p, WarpRole(p, again(thread)),
                           {.gradient = shared + p.at_gradient + other * p.gradient_bytes,
                            .patch = shared + p.at_patch + other * p.patch_bytes,
@@ -56,14 +62,14 @@ struct PartialSums {
       }
       if (more) {
         const Place place(p, next);
-        gradient.stash(p, place, shared + p.at_gradient + side * p.gradient_bytes, bias);
-        patch.stash(p, place, positions, next_patch);
+        gradient.stash(p, share(), place, shared + p.at_gradient + side * p.gradient_bytes,
+                       reinterpret_cast<float*>(shared + p.at_bias) + thread);
+        patch.stash(p, share(), place, positions, next_patch);
         copies_done();
       }
       __syncthreads();
     }
-
-    finish(Share(p, static_cast<uint32_t>(again(static_cast<int32_t>(block)))), products, shared, thread);
+    finish(share(), products, shared, thread);
   }
 
  private:

@@ -106,23 +106,24 @@ class GradientLoader {
   static constexpr int N = kPackSize<T>;
 
  public:
-  DLFAST_DEVICE GradientLoader(const T* grad_y, const void* code, int32_t first_output, int32_t thread)
-      : grad_y_(grad_y), code_(code), first_output_(first_output), thread_(thread) {}
+  DLFAST_DEVICE GradientLoader(const T* grad_y, const void* code, int32_t thread)
+      : grad_y_(grad_y), code_(code), thread_(thread) {}
 
   // The first window is on its way while another tile is multiplied; with 2x2 pooling there are no more.
-  DLFAST_DEVICE void fetch(const Params& p, const Place& place) {
+  DLFAST_DEVICE void fetch(const Params& p, const Share& share, const Place& place) {
     const Work work(p, again(thread_));
-    ahead_ = load(p, place, work.first, work.pack);
+    ahead_ = load(p, share, place, work.first, work.pack);
   }
 
-  // bias: the first of this thread's sums, or null.
-  DLFAST_DEVICE void stash(const Params& p, const Place& place, unsigned char* gradient, float* bias) const {
+  // bias: the first of this thread's sums.
+  DLFAST_DEVICE void stash(const Params& p, const Share& share, const Place& place, unsigned char* gradient,
+                           float* bias) const {
     const Work work(p, again(thread_));
     const int32_t windows = p.images * p.windows[0] * p.windows[1];
-    if (work.first < windows) expand(p, place, ahead_, work.first, work.pack, gradient, bias);
+    if (work.first < windows) expand(p, share, place, ahead_, work.first, work.pack, gradient, bias);
 #pragma unroll 1
     for (int32_t w = work.first + work.step; w < windows; w += work.step) {
-      expand(p, place, load(p, place, w, work.pack), w, work.pack, gradient, bias);
+      expand(p, share, place, load(p, share, place, w, work.pack), w, work.pack, gradient, bias);
     }
   }
 
@@ -151,8 +152,9 @@ class GradientLoader {
     int64_t offset;
     int32_t count;
   };
-  DLFAST_DEVICE Source source(const Params& p, const Place& place, const Where& at, int32_t pack) const {
-    const int32_t output = first_output_ + pack * N;
+  DLFAST_DEVICE Source source(const Params& p, const Share& share, const Place& place, const Where& at,
+                              int32_t pack) const {
+    const int32_t output = share.first_output + pack * N;
     const int32_t image = place.image + at.image;
     const int32_t row = place.window_row + at.row, column = place.window_column + at.column;
     const bool exists = at.image < p.images && image < p.batch && row < p.pooled[0] && column < p.pooled[1];
@@ -160,8 +162,9 @@ class GradientLoader {
             exists ? p.outputs - output : 0};
   }
 
-  DLFAST_DEVICE Window<T> load(const Params& p, const Place& place, int32_t window, int32_t pack) const {
-    const Source from = source(p, place, where(p, window), pack);
+  DLFAST_DEVICE Window<T> load(const Params& p, const Share& share, const Place& place, int32_t window,
+                               int32_t pack) const {
+    const Source from = source(p, share, place, where(p, window), pack);
     Window<T> result{};
     const auto grad = load_some(grad_y_ + from.offset, from.count, p.packs_of_outputs);
     memcpy(result.grad, &grad, sizeof(grad));
@@ -172,8 +175,8 @@ class GradientLoader {
     return result;
   }
 
-  DLFAST_DEVICE static void add_to_bias(const uint32_t (&words)[4], float* bias) {
-    if (bias == nullptr) return;
+  DLFAST_DEVICE static void add_to_bias(const Share& share, const uint32_t (&words)[4], float* bias) {
+    if (share.columns_block != 0) return;  // others do
     Pack<T, N> pack;
     memcpy(&pack, words, sizeof(pack));
 #pragma unroll
@@ -181,8 +184,8 @@ class GradientLoader {
   }
 
   // Every pixel of the window, in shared memory: its gradient where it won, else zero.
-  DLFAST_DEVICE void expand(const Params& p, const Place& place, const Window<T>& w, int32_t window,
-                            int32_t pack, unsigned char* gradient, float* bias) const {
+  DLFAST_DEVICE void expand(const Params& p, const Share& share, const Place& place, const Window<T>& w,
+                            int32_t window, int32_t pack, unsigned char* gradient, float* bias) const {
     const Where at = where(p, window);
     unsigned char* to =
         gradient + pack * 16 +
@@ -192,7 +195,7 @@ class GradientLoader {
     if (p.passing == Passing::winners) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[i] = w.grad[i] & ~spread_signs<T>(w.code, i);
-      add_to_bias(words, bias);
+      add_to_bias(share, words, bias);
 #pragma unroll 1
       for (int32_t dy = 0; dy < p.window_stride[0]; ++dy) {
 #pragma unroll 1
@@ -213,7 +216,7 @@ class GradientLoader {
     }
     memcpy(words, w.grad, sizeof(words));
     if (p.passing == Passing::positive) {
-      const Source from = source(p, place, at, pack);
+      const Source from = source(p, share, place, at, pack);
       const auto y = load_some(static_cast<const T*>(code_) + from.offset, from.count, p.packs_of_outputs);
       Pack<T, N> grad;
       memcpy(&grad, w.grad, sizeof(grad));
@@ -223,13 +226,13 @@ class GradientLoader {
       }
       memcpy(words, &grad, sizeof(words));
     }
-    add_to_bias(words, bias);
+    add_to_bias(share, words, bias);
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 
   const T* grad_y_;
   const void* code_;
-  int32_t first_output_, thread_;
+  int32_t thread_;
   Window<T> ahead_;
 };
 
@@ -260,24 +263,24 @@ class SlotsLoader {
   static constexpr int N = kPackSize<T>;
 
  public:
-  DLFAST_DEVICE SlotsLoader(const Params& /*p*/, const T* input, int32_t first_channel, int32_t thread)
-      : input_(input), channel_(first_channel), thread_(thread) {}
+  DLFAST_DEVICE SlotsLoader(const Params& /*p*/, const T* input, int32_t thread)
+      : input_(input), thread_(thread) {}
 
-  DLFAST_DEVICE void fetch(const Params& p, const Place& place, const PositionEntry* positions,
-                           unsigned char* patch) {
-    if (p.packs_of_channels) fill<true>(p, place, positions, patch);
+  DLFAST_DEVICE void fetch(const Params& p, const Share& share, const Place& place,
+                           const PositionEntry* positions, unsigned char* patch) {
+    if (p.packs_of_channels) fill<true>(p, share, place, positions, patch);
   }
-  DLFAST_DEVICE void stash(const Params& p, const Place& place, const PositionEntry* positions,
-                           unsigned char* patch) const {
-    if (!p.packs_of_channels) fill<false>(p, place, positions, patch);
+  DLFAST_DEVICE void stash(const Params& p, const Share& share, const Place& place,
+                           const PositionEntry* positions, unsigned char* patch) const {
+    if (!p.packs_of_channels) fill<false>(p, share, place, positions, patch);
   }
 
  private:
   template <bool kPacks>
-  DLFAST_DEVICE void fill(const Params& p, const Place& place, const PositionEntry* positions,
-                          unsigned char* patch) const {
+  DLFAST_DEVICE void fill(const Params& p, const Share& share, const Place& place,
+                          const PositionEntry* positions, unsigned char* patch) const {
     const int32_t thread = again(thread_), pack = thread & ((1 << p.log_channel_packs) - 1);
-    const int32_t channel = channel_ + pack * N;
+    const int32_t channel = share.first_channel + pack * N;
     const int32_t step = kThreads >> p.log_channel_packs;
 #pragma unroll 1
     for (int32_t i = thread >> p.log_channel_packs; i < p.positions(); i += step) {
@@ -294,7 +297,7 @@ class SlotsLoader {
   }
 
   const T* input_;
-  int32_t channel_, thread_;
+  int32_t thread_;
 };
 
 // [channel][slot], for the few channels of a first layer. Numbers of 16 bits lie there twice, the second
@@ -304,17 +307,17 @@ class PlanesLoader {
   static constexpr int kAhead = 3;
 
  public:
-  DLFAST_DEVICE PlanesLoader(const Params& p, const T* input, int32_t /*first_channel*/, int32_t thread)
+  DLFAST_DEVICE PlanesLoader(const Params& p, const T* input, int32_t thread)
       : input_(input), thread_(thread), count_(p.positions() * p.channels) {}
 
-  DLFAST_DEVICE void fetch(const Params& p, const Place& place, const PositionEntry* positions,
-                           unsigned char* /*patch*/) {
+  DLFAST_DEVICE void fetch(const Params& p, const Share& /*share*/, const Place& place,
+                           const PositionEntry* positions, unsigned char* /*patch*/) {
     const int32_t thread = again(thread_);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ahead_[i] = load(p, place, positions, thread + i * kThreads);
   }
-  DLFAST_DEVICE void stash(const Params& p, const Place& place, const PositionEntry* positions,
-                           unsigned char* patch) const {
+  DLFAST_DEVICE void stash(const Params& p, const Share& /*share*/, const Place& place,
+                           const PositionEntry* positions, unsigned char* patch) const {
     const int32_t thread = again(thread_);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) store(p, positions, patch, thread + i * kThreads, ahead_[i]);

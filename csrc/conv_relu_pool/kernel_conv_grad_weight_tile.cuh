@@ -66,8 +66,8 @@ struct Params {
 
   // Shared memory, in bytes. Pitches: of a pixel's gradient, of a slot, of a plane and of its shifted copy.
   int32_t gradient_pitch, slot_pitch, plane_pitch, copy_pitch;
-  int32_t at_columns, at_offsets, at_pixels, at_positions, at_bias, at_gradient, gradient_bytes, at_patch,
-      patch_bytes;
+  int32_t at_share, at_columns, at_offsets, at_pixels, at_positions, at_bias, at_gradient, gradient_bytes,
+      at_patch, patch_bytes;
 
   DLFAST_HOST_DEVICE int32_t taps() const { return kernel[0] * kernel[1]; }
   DLFAST_HOST_DEVICE int32_t positions() const { return images * patch[0] * patch[1]; }

@@ -19,6 +19,8 @@ namespace dlfast {
 namespace channel_sums {
 namespace {
 
+// inspect: registers 64, dynamic 8192
+// inspect for Sum\w+<__\w+, 8>|Sum\w+<float, 4>: holds LDG.128
 template <typename Body>
 __global__ void __launch_bounds__(kThreads) channel_sums_kernel(const __grid_constant__ Body body) {
   extern __shared__ __align__(16) unsigned char shared[];

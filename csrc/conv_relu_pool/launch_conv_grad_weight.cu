@@ -26,6 +26,12 @@ constexpr int kBlocksPerSm = 1;
 template <typename Products>
 constexpr int kBlocksPerSm<PartialSums<Products>> = 2;  // as far as registers go; shared memory may allow one
 
+// inspect: registers 128
+// inspect for PartialSums: dynamic 81920, holds LDG.128 STS.128
+// inspect from sm_80 for SlotsLoader|TensorSlots: holds LDGSTS.128
+// inspect from sm_80 for Tensor\w+<__: loop HMMA LDSM
+// inspect from sm_80 for Tensor\w+<float: loop HMMA LDS
+// inspect for Fma: loop FFMA LDS.128
 template <typename Body>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Body>)
     conv_grad_weight_kernel(const __grid_constant__ Body body) {

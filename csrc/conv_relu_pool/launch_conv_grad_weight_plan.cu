@@ -286,6 +286,7 @@ class Planner {
       at = static_cast<int32_t>(bytes);
       bytes = round_up(bytes + count, kZeroBytes);
     };
+    take(p.at_share, static_cast<int64_t>(sizeof(Share)));
     take(p.at_columns, p.columns_in_warps * static_cast<int64_t>(sizeof(ColumnEntry)));
     take(p.at_offsets, 2 * int64_t{p.pixels} * static_cast<int64_t>(sizeof(int32_t)));
     take(p.at_pixels, p.pixels * static_cast<int64_t>(sizeof(PixelEntry)));

@@ -1,4 +1,5 @@
-// What the number formats mean, as arithmetic on registers: the same source for every SIMD level and for CUDA.
+// What the number formats mean, as arithmetic on registers: the same source for every SIMD level and for
+// CUDA.
 //
 // F is float, or a vector of floats; Bits<F> is uint32_t, or a vector of as many. A number of 16 bits lies in
 // the lower half of its lane. Where bytes lie in memory is the business of cpu_formats.h and kernel_step.cuh.
@@ -156,7 +157,8 @@ DLFAST_RULE uint32_t random_stream(uint32_t tensor, uint32_t slot) {
 
 // Lane l of V counts 8 tile + lane[l].
 template <typename V>
-DLFAST_RULE PhiloxBlock<V> random_words(uint64_t seed, uint64_t step, uint32_t stream, uint64_t tile, V lane) {
+DLFAST_RULE PhiloxBlock<V> random_words(uint64_t seed, uint64_t step, uint32_t stream, uint64_t tile,
+                                        V lane) {
   const uint64_t counter = tile * 8;
   const auto high = static_cast<uint32_t>(counter >> 32) | static_cast<uint32_t>(step >> 32) << 16;
   const V zero = {};

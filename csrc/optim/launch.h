@@ -12,14 +12,14 @@ namespace dlfast::optim {
 struct StepMemory {
   const float* grad_scale = nullptr;  // in place of StepOptions::grad_factor
   const float* found_inf = nullptr;
-  unsigned* arrived = nullptr;        // counts blocks; 0 between launches
-  double* squares = nullptr;          // of all gradients: a sum for each norm launch of the step
-  int64_t* random_steps = nullptr;    // steps that drew random numbers, beside StepOptions::random_step
-  double* last_norm = nullptr;        // of the last step that was not skipped
-  void* norm = nullptr;               // where to tell that: a float, or a double (StepScalars)
-  float* skipped = nullptr;           // where to tell whether this step was
-  double* parts = nullptr;            // sums of units, as a first pass leaves them
-  double* trust = nullptr;            // of each tensor; see Lamb in step.h
+  unsigned* arrived = nullptr;      // counts blocks; 0 between launches
+  double* squares = nullptr;        // of all gradients: a sum for each norm launch of the step
+  int64_t* random_steps = nullptr;  // steps that drew random numbers, beside StepOptions::random_step
+  double* last_norm = nullptr;      // of the last step that was not skipped
+  void* norm = nullptr;             // where to tell that: a float, or a double (StepScalars)
+  float* skipped = nullptr;         // where to tell whether this step was
+  double* parts = nullptr;          // sums of units, as a first pass leaves them
+  double* trust = nullptr;          // of each tensor; see Lamb in step.h
 };
 
 struct StepScalars {

@@ -53,7 +53,7 @@ def violations(path: Path) -> list[str]:
             found.append(f"csrc/{name}:{number}: launches belong in launch*.cu")
     # Every launch has its error raised, with its name: see common/launch_check.h.
     text = path.read_text()
-    checked = re.search(r"\b(check_launch|check_step|launch_conv)\b", text)
+    checked = re.search(r"\b(check_launch|launch_conv)\b", text)
     if path.name.startswith("launch") and "<<<" in text and not checked:
         found.append(f"csrc/{name}: launches a kernel without check_launch")
     if "C10_CUDA_KERNEL_LAUNCH_CHECK" in text and name != "common/launch_check.h":

@@ -157,7 +157,8 @@ struct WarpRandom {
   }
 };
 
-// ---- code8: a warp's block is a block of codes --------------------------------------------------------------
+// ---- code8: a warp's block is a block of codes
+// --------------------------------------------------------------
 
 template <bool is_signed, typename Lane>
 DLFAST_DEVICE void load_codes(const Lane& lane, const void* base, const float* scales, float* to) {
@@ -193,7 +194,8 @@ DLFAST_DEVICE void store_codes(const Lane<kCount, kWidth>& lane, const float* fr
 // ---- By format --------------------------------------------------------------------------------------------
 
 template <typename Lane>
-DLFAST_DEVICE void load_as(const Lane& lane, Format format, const void* base, const float* scales, float* to) {
+DLFAST_DEVICE void load_as(const Lane& lane, Format format, const void* base, const float* scales,
+                           float* to) {
   switch (format) {
     case Format::bfloat16:
       return lane.template load<__nv_bfloat16>(base, to);

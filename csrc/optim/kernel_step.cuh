@@ -74,8 +74,7 @@ DLFAST_DEVICE void prepare_block(const Table& table, const StepScalars& s, unsig
   if constexpr (pass != Pass::plain) shared.unscale = static_cast<Accumulator<T>>(unscale);
   if constexpr (pass == Pass::full) {
     shared.random_step = s.options.random_step;
-    if (s.memory.random_steps != nullptr)
-      shared.random_step += static_cast<uint64_t>(*s.memory.random_steps);
+    if (s.memory.random_steps != nullptr) shared.random_step += static_cast<uint64_t>(*s.memory.random_steps);
   }
   // Counters may advance once every block has read them: the last block to come here does it.
   if (pass != Pass::measure && s.memory.arrived != nullptr)

@@ -76,8 +76,8 @@ DLFAST_DEVICE double squares_of_block(const StepScalars& s, const SumShared& sha
   return squares_of<kCount>(g);
 }
 
-// Blocks [0, blocks) of a launch that writes the sum of the squares of all gradients, unscaled and clamped, to
-// squares[index]; `adds` it to what an earlier launch has left there.
+// Blocks [0, blocks) of a launch that writes the sum of the squares of all gradients, unscaled and clamped,
+// to squares[index]; `adds` it to what an earlier launch has left there.
 template <typename T>
 DLFAST_DEVICE void norm_block(const Table& table, const StepScalars& s, int index, bool adds, unsigned block,
                               unsigned blocks, int thread, SumShared& shared) {

@@ -12,8 +12,14 @@
 namespace dlfast::optim {
 
 constexpr int kThreads = 256;
-// Blocks of a full step that one multiprocessor shall hold at a time: bounds the registers.
-constexpr int kBlocksPerProcessor = 2;
+// Blocks that a multiprocessor shall hold at a time: bounds the registers, at what spills none. Three states
+// of 16-bit parameters, which lanes take eight at a time, need the most.
+template <typename Rule, typename T>
+constexpr bool kNeedsMost = Rule::kMaxStates == 3 && sizeof(T) == sizeof(uint16_t);
+template <typename Rule, typename T>
+constexpr int kPlainBlocks = kNeedsMost<Rule, T> ? 2 : 3;
+template <typename Rule, typename T>
+constexpr int kFullBlocks = kNeedsMost<Rule, T> ? 1 : 2;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 // Elements of a unit: four 16-byte accesses per thread and operand for float.

@@ -10,7 +10,7 @@
 #include <limits>
 
 #include "optim/kernel_table.cuh"
-#include "optim/launch_kernels.h"
+#include "optim/launch_kernels.cuh"
 
 namespace dlfast::optim {
 namespace {
@@ -122,7 +122,7 @@ int64_t trusts_of_step(const CudaStep& step) {
 void norm_cuda(CudaStep& step, int index) {
   bool adds = false;
   for_launches(step, [&](const Table& table, int64_t units, bool) {
-    launch_norm(step.number, table, step.scalars, index, adds, grid_of(units));
+    launch_norm(step.algorithm, step.number, table, step.scalars, index, adds, grid_of(units));
     adds = true;
   });
 }
@@ -135,7 +135,7 @@ void step_cuda(CudaStep& step) {
     s.last_launch = ends_step && last;
     if (measures(step.algorithm)) {
       launch_measure(step.algorithm, step.number, table, s, grid_of(units));
-      launch_trust(table, s, grid_of(table.count));
+      launch_trust(step.algorithm, table, s, grid_of(table.count));
     }
     (plain ? launch_plain : launch_full)(step.algorithm, step.number, table, s, grid_of(units));
     s.memory.norm = nullptr;  // told once

@@ -1,11 +1,12 @@
 // Kernels that read before an optimizer step writes: the norm of the gradients, and the norms of each tensor
 // for rules that measure.
 #include "optim/kernel_step.cuh"
-#include "optim/launch_kernels.h"
+#include "optim/launch_kernels.cuh"
 
 namespace dlfast::optim {
 namespace {
 
+// inspect: registers 64, static 256, holds LDG.128|LD.128
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     grad_norm_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s, int index,
@@ -14,13 +15,15 @@ __global__ void __launch_bounds__(kThreads)
   norm_block<T>(table, s, index, adds, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), shared);
 }
 
+// inspect: registers 128, static 320, holds LDG.128|LD.128
 template <typename Rule, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, (kFullBlocks<Rule, T>))
     measure_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s) {
   __shared__ BlockShared<Rule, T, Pass::measure> shared;
   step_block<Rule, T, Pass::measure>(table, s, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), shared);
 }
 
+// inspect: registers 64, static 256
 __global__ void __launch_bounds__(kThreads)
     trust_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s) {
   __shared__ SumShared shared;
@@ -29,10 +32,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void launch_norm(Format number, const Table& table, const StepScalars& s, int index, bool adds, Grid grid) {
+void launch_norm(Algorithm algorithm, Format number, const Table& table, const StepScalars& s, int index,
+                 bool adds, Grid grid) {
   with_number(number, [&](auto x) {
     grad_norm_kernel<decltype(x)><<<grid.blocks, kThreads, 0, grid.stream>>>(table, s, index, adds);
-    check_step("grad_norm_kernel", grid);
+    check_launch(launch_of("grad_norm_kernel", algorithm, table, grid));
   });
 }
 
@@ -42,15 +46,15 @@ void launch_measure(Algorithm algorithm, Format number, const Table& table, cons
     if constexpr (Rule::kMeasures) {
       with_number(number, [&](auto x) {
         measure_kernel<Rule, decltype(x)><<<grid.blocks, kThreads, 0, grid.stream>>>(table, s);
-        check_step("measure_kernel", grid);
+        check_launch(launch_of("measure_kernel", algorithm, table, grid));
       });
     }
   });
 }
 
-void launch_trust(const Table& table, const StepScalars& s, Grid grid) {
+void launch_trust(Algorithm algorithm, const Table& table, const StepScalars& s, Grid grid) {
   trust_kernel<<<grid.blocks, kThreads, 0, grid.stream>>>(table, s);
-  check_step("trust_kernel", grid);
+  check_launch(launch_of("trust_kernel", algorithm, table, grid));
 }
 
 }  // namespace dlfast::optim

@@ -1,12 +1,14 @@
 // Kernels of the plain optimizer step: the update alone.
 #include "optim/kernel_step.cuh"
-#include "optim/launch_kernels.h"
+#include "optim/launch_kernels.cuh"
 
 namespace dlfast::optim {
 namespace {
 
+// inspect: registers 80, static 256, holds LDG.128|LD.128 STG.128|ST.128
+// inspect for (Adam|RmsProp), __(half|nv_bfloat16): registers 128
 template <typename Rule, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, (kPlainBlocks<Rule, T>))
     plain_step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s) {
   __shared__ BlockShared<Rule, T, Pass::plain> shared;
   step_block<Rule, T, Pass::plain>(table, s, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), shared);
@@ -22,7 +24,7 @@ void launch_plain(Algorithm algorithm, Format number, const Table& table, const 
     } else {
       with_number(number, [&](auto x) {
         plain_step_kernel<Rule, decltype(x)><<<grid.blocks, kThreads, 0, grid.stream>>>(table, s);
-        check_step("plain_step_kernel", grid);
+        check_launch(launch_of("plain_step_kernel", algorithm, table, grid));
       });
     }
   });

@@ -35,7 +35,7 @@ struct DLFAST_HIDDEN PlanRun {
   bool first;        // of all: the one that tells norm and skipped
   Layouts layouts = {};
   CudaStep step = {};
-  at::Tensor table = {};    // what the launches read; PyTorch keeps freed memory for the stream
+  at::Tensor table = {};  // what the launches read; PyTorch keeps freed memory for the stream
   at::Tensor scratch = {};
 };
 
@@ -139,12 +139,13 @@ void update(PlanRun& run, StepOptions options) {
 
 // Takes the step of all `plans`; false, before anything has changed, where one of them no longer holds.
 // `grads` and `memories` have an element for each; plans of one device share a DeviceMemory. `exchange` is
-// called, if not None, once the squares of all gradients are on their way, to add those of other processes and
-// devices to the memories.
+// called, if not None, once the squares of all gradients are on their way, to add those of other processes
+// and devices to the memories.
 bool run_cuda(const py::list& plans, const py::list& grads, const py::list& memories, const py::dict& states,
               const py::list& hyper, const StepOptions& options, const py::object& exchange) {
   const size_t count = plans.size();
-  TORCH_CHECK(grads.size() == count && memories.size() == count, "plans, grads and memories differ in length");
+  TORCH_CHECK(grads.size() == count && memories.size() == count,
+              "plans, grads and memories differ in length");
   std::vector<PlanRun> runs;
   std::vector<std::unique_ptr<GradientsHeld>> held;
   for (size_t i = 0; i < count; ++i) {
@@ -166,9 +167,8 @@ bool run_cuda(const py::list& plans, const py::list& grads, const py::list& memo
     const at::Tensor hyper_there = run.memory->hyper.value_or(at::Tensor());
     run.step.algorithm = run.plan->algorithm();
     run.step.number = run.plan->items().front().ref.number;
-    run.step.device_groups =
-        pointer<double>("hyper", hyper_there, at::kDouble, static_cast<int64_t>(hyper.size()) * kMaxHyper,
-                        run.device);
+    run.step.device_groups = pointer<double>("hyper", hyper_there, at::kDouble,
+                                             static_cast<int64_t>(hyper.size()) * kMaxHyper, run.device);
     if (run.step.device_groups == nullptr) run.step.groups = numbers_of(hyper);
   }
   const at::AutoDispatchBelowADInplaceOrView no_autograd;

@@ -336,9 +336,9 @@ class FusedStep(OnDevice):
             dtypes.add(m.param.dtype)
             total += _reduced(_squares(unscaled(m, plain_options)), *sharded_over(m.key))
         if self._shards is not None:
-            squares = torch.tensor(total, dtype=torch.float64, device=self._shards.device)
-            self._shards.add(squares)
-            total = squares.item()
+            all_squares = torch.tensor(total, dtype=torch.float64, device=self._shards.device)
+            self._shards.add(all_squares)
+            total = all_squares.item()
         dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         return torch.tensor(math.sqrt(total) if total == total else math.nan, dtype=dtype)
 

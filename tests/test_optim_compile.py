@@ -93,7 +93,9 @@ def test_a_compiled_training_step(name):
     assert all("backward" in reason or "zero_grad" in reason for reason in reasons)
 
 
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace backward()")
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace backward()"
+)
 @by_name
 def test_a_training_step_in_one_graph(name):
     (mine, opt), (other, other_opt) = twins(name, max_grad_norm=0.5, zero_grad_after_step=True)

@@ -5,6 +5,7 @@
 namespace dlfast::optim {
 namespace {
 
+// inspect: registers 128, static 4608, holds LDG.128|LD.128 STG.128|ST.128
 template <typename Rule, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     full_step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s) {

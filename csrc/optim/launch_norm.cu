@@ -6,6 +6,7 @@
 namespace dlfast::optim {
 namespace {
 
+// inspect: registers 64, static 1024, holds LDG.128|LD.128
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     grad_norm_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s, int index,
@@ -14,6 +15,7 @@ __global__ void __launch_bounds__(kThreads)
   norm_block<T>(table, s, index, adds, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), shared);
 }
 
+// inspect: registers 128, static 1024, holds LDG.128|LD.128
 template <typename Rule, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     measure_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s) {
@@ -21,6 +23,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   step_block<Rule, T, Pass::measure>(table, s, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), shared);
 }
 
+// inspect: registers 64, static 1024
 __global__ void __launch_bounds__(kThreads)
     trust_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s) {
   __shared__ SumShared shared;

@@ -52,7 +52,7 @@ def test_counts_within_the_limits_pass():
     [
         ({"distinct": 10**7}, "times what it must, the limit is 1.1"),
         ({"requested": 10**7}, "times what it must, the limit is 2.5"),
-        ({"conflicts": 1}, "1 extra wavefronts from bank conflicts"),
+        ({"conflicts": 11}, "11 extra wavefronts from bank conflicts"),
         ({"macs": 7}, "7 multiply-adds on tensor cores, the problem has"),
     ],
 )

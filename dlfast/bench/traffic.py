@@ -286,12 +286,16 @@ def markdown(item: int, dtype: str) -> str:
         if row.forward["single"] is None:
             cells[-1] = "-"
         totals = {way: sum(both) for way, both in moved.items()}
-        times = [" / ".join(f"{1e6 * total / speed:.3g}" for total in totals.values()) for speed in BANDWIDTHS.values()]
+        times = [" / ".join(_microseconds(total / speed) for total in totals.values()) for speed in BANDWIDTHS.values()]
         ratio = totals["eager"] / totals["single"]
         name = f"**{row.network}**" if row.layer == "all" else f"{row.network} {row.layer}"
         line = [name, f"{row.compulsory / 1e6:.2f}", *cells, f"{ratio:.1f}x", *times]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
 
 
 def _bandwidths() -> str:

@@ -161,4 +161,4 @@ def shortened(name: str) -> str:
             name = name[:n]
             break
         depth += {"<": 1, ">": -1}.get(letter, 0)
-    return name.strip().replace("> >", ">>")
+    return re.sub(r">\s+(?=>)", ">", name.strip())

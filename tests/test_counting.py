@@ -27,7 +27,7 @@ def test_distinct_bytes_are_those_of_the_formulas(way):
     counted = script.count(case)
     assert counted["forward"] is not None
     for part, kernels in counted.items():
-        if kernels is not None:
+        if kernels is not None and part not in script.SUMS:
             distinct = sum(kernel.distinct for kernel in kernels)
             assert abs(distinct - script.must_move(case, part)) < 5 * script.SECTOR, (part, kernels)
 
@@ -52,7 +52,7 @@ def test_counts_within_the_limits_pass():
     [
         ({"distinct": 10**7}, "times what it must, the limit is 1.1"),
         ({"requested": 10**7}, "times what it must, the limit is 2.5"),
-        ({"conflicts": 1}, "1 extra wavefronts from bank conflicts"),
+        ({"conflicts": 11}, "11 extra wavefronts from bank conflicts"),
         ({"macs": 7}, "7 multiply-adds on tensor cores, the problem has"),
     ],
 )
@@ -71,6 +71,6 @@ def test_parts_are_those_of_the_formulas():
             step, left_out = traffic.single(case.layer, item), traffic.Sizes.of(case.layer, item).b
         else:
             step = traffic.epilogue(case.layer, item)
-            theirs = [k for k in (*step.forward, *step.backward) if k.name.startswith(("convolution", "sum"))]
+            theirs = [k for k in (*step.forward, *step.backward) if k.name.startswith("convolution")]
             left_out = sum(kernel.bytes for kernel in theirs)
         assert moved + left_out == sum(kernel.bytes for kernel in (*step.forward, *step.backward))

@@ -171,3 +171,15 @@ def test_the_script_says_what_is_missing(tmp_path):
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "no nvcc: put a CUDA toolkit on PATH, or install the extra cuda-build" in done.stderr
+
+
+def test_the_table_is_compared_where_architectures_are_in_both():
+    script = load_script("inspect_cuda")
+    committed = "| kernel | sm_75 | sm_80 |\n|---|---|---|\n| k | 64: 32 (100%) | 64: 32 (50%) |\n"
+    same = "| kernel | sm_80 | sm_90 |\n|---|---|---|\n| k | 64: 32 (50%) | 64: 32 (50%) |\n"
+    assert script.columns(committed, same) == script.columns(same, committed)
+    other = same.replace("64: 32 (50%) | 64", "65: 28 (44%) | 64")
+    assert script.columns(committed, other) != script.columns(other, committed)
+    more = same + "| new | 9: 64 (100%) | 9: 64 (100%) |\n"
+    assert script.columns(committed, more) != script.columns(more, committed)
+    assert script.columns("", same) != script.columns(same, "")

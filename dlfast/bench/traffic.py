@@ -138,16 +138,21 @@ def eager(layer: Layer, item: int) -> Step:
         step.backward.append(Kernel("max pool backward", s.p + s.index, s.t))
     if layer.relu:
         step.backward.append(Kernel("relu backward", 2 * s.t, s.t))
+    if layer.bias:
+        step.backward.append(Kernel("sum for grad_bias", s.t, s.b))
     _add_dense_gradients(step, layer, s)
     return step
 
 
 def _add_dense_gradients(step: Step, layer: Layer, s: Sizes) -> None:
-    if layer.bias:
-        step.backward.append(Kernel("sum for grad_bias", s.t, s.b))
     if layer.needs_grad_input:
         step.backward.append(Kernel("convolution, grad_input", s.t + s.w, s.x))
     step.backward.append(Kernel("convolution, grad_weight", s.t + s.x, s.w))
+
+
+def _gradient(layer: Layer, s: Sizes) -> int:
+    """The gradient of the output and its code; without pooling the output itself says where ReLU passes gradient."""
+    return s.p + (s.code if layer.pool_size else s.p if layer.relu else 0)
 
 
 def epilogue(layer: Layer, item: int) -> Step:
@@ -156,10 +161,10 @@ def epilogue(layer: Layer, item: int) -> Step:
     step = Step([Kernel("convolution", s.x + s.w, s.t)])
     if layer.bias or layer.relu or layer.pool_size:
         step.forward.append(Kernel("bias, ReLU, pool", s.t + s.b, s.p + s.code))
-    if layer.pool_size:
-        step.backward.append(Kernel("expand gradient", s.p + s.code, s.t))
-    elif layer.relu:
-        step.backward.append(Kernel("expand gradient", 2 * s.p, s.t))
+    if layer.pool_size or layer.relu:
+        step.backward.append(Kernel("expand gradient", _gradient(layer, s), s.t))
+    if layer.bias:
+        step.backward.append(Kernel("grad_bias from the pooled gradient", _gradient(layer, s), s.b))
     _add_dense_gradients(step, layer, s)
     return step
 
@@ -169,8 +174,7 @@ def single(layer: Layer, item: int) -> Step | None:
     if not layer.has_single_kernel():
         return None
     s = Sizes.of(layer, item)
-    # Without pooling the output itself says where ReLU passes gradient.
-    gradient = s.p + (s.code if layer.pool_size else s.p if layer.relu else 0)
+    gradient = _gradient(layer, s)
     step = Step([Kernel("convolution, bias, ReLU, pool", s.x + s.w + s.b, s.p + s.code)])
     if layer.needs_grad_input:
         step.backward.append(Kernel("grad_input", gradient + s.w, s.x))
@@ -282,12 +286,16 @@ def markdown(item: int, dtype: str) -> str:
         if row.forward["single"] is None:
             cells[-1] = "-"
         totals = {way: sum(both) for way, both in moved.items()}
-        times = [" / ".join(f"{1e6 * total / speed:.3g}" for total in totals.values()) for speed in BANDWIDTHS.values()]
+        times = [" / ".join(_microseconds(total / speed) for total in totals.values()) for speed in BANDWIDTHS.values()]
         ratio = totals["eager"] / totals["single"]
         name = f"**{row.network}**" if row.layer == "all" else f"{row.network} {row.layer}"
         line = [name, f"{row.compulsory / 1e6:.2f}", *cells, f"{ratio:.1f}x", *times]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
 
 
 def _bandwidths() -> str:

@@ -26,8 +26,9 @@ const ReluPoolBackend& relu_pool_cpu();  // stream is ignored
 #ifdef DLFAST_WITH_CUDA
 const ReluPoolBackend& relu_pool_cuda();  // stream is a cudaStream_t of the current device
 
-// grad_bias [C], summed in a fixed order, from grad_y and code, or with average pooling from the dense gradient
-// instead, code being null. scratch: as many float32, or float64 for float64, as grad_bias_scratch says.
+// grad_bias [C], summed in a fixed order, from grad_y and code, or with average pooling from the dense
+// gradient instead, code being null. scratch: as many float32, or float64 for float64, as grad_bias_scratch
+// says.
 int64_t grad_bias_scratch(const ReluPoolParams& p);
 void grad_bias_cuda(const ReluPoolParams& p, Dtype dtype, const void* grad, const void* code, void* scratch,
                     void* grad_bias, void* stream);

@@ -301,7 +301,9 @@ def test_what_does_not_fit_is_left_to_pytorch():
         problem = Problem(case, input, weight, input, input, input)
         conv = [*problem.conv[:3], case.conv.get("groups", 1)]
         rows = native.module.plan_block(input, weight, *conv, *problem.pooling, True)
-        assert [name for part, name, *_ in rows if part == "grad_weight"] == ["pytorch"]
+        names = [name for part, name, *_ in rows if part == "grad_weight"]
+        assert "pytorch" in names
+        assert "single" not in names
 
 
 @pytest.mark.gpu_only

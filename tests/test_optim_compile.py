@@ -77,7 +77,7 @@ def training_step(model, opt, x):
     return loss.detach()
 
 
-@by_name
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB"])
 def test_a_compiled_training_step(name):
     """Forward, backward and step in one function: what breaks the graph is PyTorch's own backward() and
     zero_grad(), not the step."""
@@ -94,7 +94,7 @@ def test_a_compiled_training_step(name):
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch cannot trace backward()")
-@by_name
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB"])
 def test_a_training_step_in_one_graph(name):
     (mine, opt), (other, other_opt) = twins(name, max_grad_norm=0.5, zero_grad_after_step=True)
 

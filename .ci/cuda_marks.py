@@ -101,7 +101,7 @@ def kernels_of(source: Path, root: Path) -> list[Kernel]:
             continue
         place = f"{source.relative_to(root)}:{number + 1}"
         # The name is what stands before the parameters; attributes have parentheses of their own.
-        declared = re.sub(r"__\w+__\s*(\([^()]*\))?", " ", " ".join(lines[number : number + 4]))
+        declared = re.sub(r"__\w+__\s*(\((?:[^()]|\([^()]*\))*\))?", " ", " ".join(lines[number : number + 4]))
         name = re.search(r"(\w+)\s*\(", declared)
         if name is None:
             raise MarkError(f"{place}: no name found after __global__")

@@ -56,24 +56,33 @@ def test_unknown_stages_are_refused():
 
 def test_stages_are_within_ten_minutes_and_take_the_tools_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "sanitizer", lambda: "/opt/compute-sanitizer")
+    monkeypatch.setattr(script, "collected", lambda: ["tests/test_conv_cuda.py::test"])
     found = script.stages(list(script.STAGES), None, tmp_path)
     assert [stage.name for stage in found] == ["tests", *script.TOOLS, "benchmark"]
-    assert sum(stage.limit for stage in found) < 600
+    assert sum(stage.limit for stage in found) < 580
     for stage, tool in zip(found[1:5], script.TOOLS, strict=True):
         assert stage.command[:3] == ["/opt/compute-sanitizer", "--tool", tool]
+        assert stage.command[-1] == "tests/test_conv_cuda.py::test"
         assert stage.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert found[-1].command[-2:] == ["--out", str(tmp_path)]
     (tests,) = script.stages(["tests"], "one and two", tmp_path)
     assert tests.command[tests.command.index("-k") + 1] == "one and two"
 
 
-def test_the_sample_has_tests_of_every_family():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "cuda and not gpu_only", "-k", script.SAMPLE,
-         "tests"], capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    for family in ("test_relu_pool_cuda.py", "test_optim_cuda.py"):
-        assert family in done.stdout, done.stdout[-2000:] + done.stderr
+def test_the_sample_is_spread_over_the_files_of_kernels():
+    names = [f"tests/test_conv_cuda.py::test[{n}]" for n in range(80)]
+    names += ["tests/test_small_cuda.py::test", "tests/test_gpu_check.py::test"]
+    chosen = script.sample(names)
+    assert chosen == [f"tests/test_conv_cuda.py::test[{n}]" for n in range(0, 80, 10)] + [
+        "tests/test_small_cuda.py::test"
+    ]
+
+
+@pytest.mark.slow
+def test_every_file_of_kernel_tests_is_sampled():
+    files = {name.partition("::")[0] for name in script.sample(script.collected())}
+    for family in ("relu_pool", "conv", "conv_grad_weight", "grad_bias", "optim"):
+        assert f"tests/test_{family}_cuda.py" in files
 
 
 @pytest.mark.parametrize(

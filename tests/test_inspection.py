@@ -43,6 +43,12 @@ def test_marks_are_read_from_above_the_template_line(tmp_path):
     assert (half.registers, half.dynamic, half.holds, half.loop) == (128, 4096, ("LDG.128",), ("HMMA", "LDSM"))
 
 
+@pytest.mark.parametrize("bounds", ["(kThreads)", "(kThreads, kBlocks<T>)", "(kThreads, (kBlocks<Rule, T>))"])
+def test_names_are_found_behind_any_launch_bounds(bounds, tmp_path):
+    text = f"// inspect: registers 9\n__global__ void __launch_bounds__{bounds}\n    a_kernel(const Body body) {{}}\n"
+    assert [kernel.name for kernel in kernels_in(text, tmp_path)] == ["a_kernel"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

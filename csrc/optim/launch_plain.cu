@@ -5,7 +5,7 @@
 namespace dlfast::optim {
 namespace {
 
-// inspect: registers 80, static 256, holds LDG.128|LD.128 STG.128|ST.128
+// inspect: registers 80, static 320, holds LDG.128|LD.128 STG.128|ST.128
 // inspect for (Adam|RmsProp), __(half|nv_bfloat16): registers 128
 template <typename Rule, typename T>
 __global__ void __launch_bounds__(kThreads, (kPlainBlocks<Rule, T>))

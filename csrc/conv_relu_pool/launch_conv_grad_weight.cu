@@ -25,10 +25,21 @@ template <typename Body>
 constexpr int kBlocksPerSm = 1;
 template <typename Products>
 constexpr int kBlocksPerSm<PartialSums<Products>> = 2;  // as far as registers go; shared memory may allow one
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// For these architectures ptxas takes a few registers more, and spills where two blocks must fit.
+template <>
+constexpr int kBlocksPerSm<PartialSums<TensorSlots<__half>>> = 1;
+template <>
+constexpr int kBlocksPerSm<PartialSums<TensorSlots<__nv_bfloat16>>> = 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+template <>
+constexpr int kBlocksPerSm<PartialSums<TensorSlots<float>>> = 1;
+#endif
 
 // inspect: registers 128
 // inspect for PartialSums: dynamic 81920, holds LDG.128 STS.128
 // inspect from sm_80 for SlotsLoader|TensorSlots: holds LDGSTS.128
+// inspect from sm_90 for TensorSlots: registers 192
 // inspect from sm_80 for Tensor\w+<__: loop HMMA LDSM
 // inspect from sm_80 for Tensor\w+<float: loop HMMA LDS
 // inspect for Fma: loop FFMA LDS.128

@@ -88,27 +88,30 @@ struct SumChannelsLast {
   }
 };
 
-// Blocks: channels, then splits of the pieces. Piece i is the (i % pieces)-th of plane i / pieces.
+// Blocks: channels, then splits of the pieces. Piece i is the (i % pieces)-th of plane i / pieces. All
+// pieces of a channel are numbered by 32 bits, whose division is cheap.
 template <typename T_, int N>
 struct SumPlanes {
   using T = T_;
   using Acc = Accumulator<T>;
-  int64_t outer, channels, inner;
-  int64_t piece, pieces;  // elements of a piece, a multiple of N, and pieces of a plane
-  int32_t splits;
+  int64_t inner, piece;       // elements of a plane and of a piece, the latter a multiple of N
+  uint32_t channels, pieces;  // pieces: of a plane
+  uint32_t all, per_split;    // pieces: of a channel, and of a split of them
   Code kind;
   const T* grad;
   const void* code;
   Acc* partial;  // [splits][C]
 
   DLFAST_DEVICE void run(uint32_t block, int32_t thread, void* shared) const {
-    const int64_t channel = block % channels, split = block / channels;
-    const int64_t all = outer * pieces, last = all * (split + 1) / splits;
+    const uint32_t split = block / channels, channel = block - split * channels;
+    const uint32_t begin_piece = split * per_split + static_cast<uint32_t>(thread) / 32;
+    const uint32_t end_piece = min((split + 1) * per_split, all);
     Acc sum[N] = {};
-    for (int64_t i = all * split / splits + thread / 32; i < last; i += kWarps) {
-      const int64_t plane = i / pieces, begin = (i - plane * pieces) * piece;
+    for (uint32_t i = begin_piece; i < end_piece; i += kWarps) {
+      const uint32_t plane = i / pieces;
+      const int64_t begin = (i - plane * pieces) * piece;
       const int64_t end = begin + piece < inner ? begin + piece : inner;
-      const int64_t origin = (plane * channels + channel) * inner;
+      const int64_t origin = (int64_t{plane} * channels + channel) * inner;
 #pragma unroll 4
       for (int64_t at = begin + thread % 32 * N; at < end; at += 32 * N) {
         add_passing<N>(sum, grad, code, kind, origin + at);
@@ -121,7 +124,7 @@ struct SumPlanes {
       __syncthreads();
       if (thread < half) sums[thread] += sums[thread + half];
     }
-    if (thread == 0) partial[split * channels + channel] = sums[0];
+    if (thread == 0) partial[int64_t{split} * channels + channel] = sums[0];
   }
 };
 

@@ -19,10 +19,14 @@ namespace dlfast {
 namespace channel_sums {
 namespace {
 
+// 64 registers a thread. Left to itself, ptxas aims at more blocks for some bodies and spills a few bytes.
+constexpr int kBlocksPerSm = 4;
+
 // inspect: registers 64, dynamic 8192
 // inspect for Sum\w+<__\w+, 8>|Sum\w+<float, 4>: holds LDG.128
 template <typename Body>
-__global__ void __launch_bounds__(kThreads) channel_sums_kernel(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    channel_sums_kernel(const __grid_constant__ Body body) {
   extern __shared__ __align__(16) unsigned char shared[];
   body.run(blockIdx.x, static_cast<int32_t>(threadIdx.x), shared);
 }
@@ -46,7 +50,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 constexpr int64_t kBlocks = 1024;
 constexpr int64_t kLeastRows = 64;    // of a split
 constexpr int64_t kMostSplits = 512;  // what the second kernel adds up
-constexpr int64_t kPiece = 4096;
+constexpr int64_t kPiece = 4096;      // elements, at least
+constexpr int64_t kMostPieces = int64_t{1} << 30;
 
 // What a sum is taken of: grad_y and code, or with average pooling the dense gradient alone.
 struct Source {
@@ -64,7 +69,14 @@ struct Source {
                                               : Code::none;
   }
 
-  int64_t pieces() const { return ceil_div(inner, kPiece); }
+  // Elements of a piece of a plane: so many that 32 bits number the pieces.
+  int64_t piece() const {
+    TORCH_CHECK(outer <= kMostPieces, "the CUDA kernels take at most ", kMostPieces, " images, got ", outer);
+    int64_t size = kPiece;
+    while (outer * ceil_div(inner, size) > kMostPieces) size *= 2;
+    return size;
+  }
+  int64_t pieces() const { return ceil_div(inner, piece()); }
   // Bounded from above, in whatever packs the channels come.
   int64_t splits() const {
     const int64_t units = inner == 1 ? ceil_div(outer, kLeastRows) : ceil_div(outer * pieces(), kWarps);
@@ -97,12 +109,13 @@ void run(const Source& s, const void* grad, const void* code, void* scratch, voi
                                      .partial = partial};
     launch(body, groups * splits, int64_t{kThreads} * N, stream);
   } else {
-    const SumPlanes<T, N> body{.outer = s.outer,
-                               .channels = s.channels,
-                               .inner = s.inner,
-                               .piece = kPiece,
-                               .pieces = s.pieces(),
-                               .splits = splits,
+    const int64_t all = s.outer * s.pieces();
+    const SumPlanes<T, N> body{.inner = s.inner,
+                               .piece = s.piece(),
+                               .channels = static_cast<uint32_t>(s.channels),
+                               .pieces = static_cast<uint32_t>(s.pieces()),
+                               .all = static_cast<uint32_t>(all),
+                               .per_split = static_cast<uint32_t>(ceil_div(all, splits)),
                                .kind = s.code,
                                .grad = static_cast<const T*>(grad),
                                .code = code,

@@ -465,3 +465,15 @@ def test_without_the_extension():
     )
     env = {**os.environ, "DLFAST_NATIVE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 37])
+def test_lamb_without_eps_measures_what_is_there(size):
+    """The tail of a tensor fills part of a vector; the rest of it must not count, 0 / 0 least of all."""
+    stepped = []
+    for fused in (None, False):
+        param = torch.linspace(1, 2, size, requires_grad=True)
+        param.grad = torch.linspace(-1, 3, size) + 0.1
+        dlfast.optim.LAMB([param], lr=0.1, eps=0.0, fused=fused).step()
+        stepped.append(param.detach())
+    torch.testing.assert_close(stepped[0], stepped[1], rtol=1e-6, atol=1e-6)

@@ -69,12 +69,15 @@ void measure_block(const void* param, const void* grad, void* const* state, int6
   Real* typed[kMaxStates] = {};
   for (int k = 0; k < Rule::kMaxStates; ++k) typed[k] = static_cast<Real*>(state[k]);
   Wide of_param = {}, of_direction = {};
-  // What a tail is filled with, zeros, has the direction 0.
+  int64_t left = count;
   for_elements<Real, Rule::kMaxStates, false>(
       static_cast<Real*>(const_cast<void*>(param)), static_cast<const Real*>(grad), typed, count,
       [&](V& p, V g, V* s) DLFAST_INLINE_LAMBDA {
         const Wide wide = __builtin_convertvector(p, Wide);
-        const Wide direction = __builtin_convertvector(Rule::direction(p, g, s, c), Wide);
+        Wide direction = __builtin_convertvector(Rule::direction(p, g, s, c), Wide);
+        // What fills up a tail has none: with eps=0 its direction is 0 / 0.
+        for (int64_t l = left; l < kWidth; ++l) direction[l] = 0;
+        left -= kWidth;
         of_param += wide * wide;
         of_direction += direction * direction;
       });

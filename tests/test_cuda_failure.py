@@ -141,7 +141,7 @@ LAUNCHES = {
     "step": (
         "p = torch.nn.Parameter(torch.zeros(9, device='cuda')); p.grad = torch.ones_like(p);"
         "dlfast.optim.SGD([p], lr=1.0).step()",
-        ["in step_kernel<dlfast::optim::Sgd", "for 1 tensors"],
+        ["in plain_step_kernel of sgd", "for 1 tensors"],
     ),
 }
 

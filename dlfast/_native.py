@@ -86,9 +86,12 @@ def runs_on(device: torch.device) -> bool:
     return has_code
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _gpu_has_code(index: int) -> bool:
     return _look_for_code(index)
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch._dynamo with dlfast.
+_gpu_has_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

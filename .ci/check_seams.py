@@ -30,7 +30,7 @@ RULES = [
         r".*/launch\w*\.cuh?",
         [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/cuda/\w+\.h>", r"<c10/util/(Exception|StringUtil|Type)\.h>"],
     ),
-    (r".*/launch\w*\.h", [COMMON, OWN, KERNELS, CUDA_RUNTIME, r"<c10/util/StringUtil\.h>"]),
+    (r".*/launch\w*\.h", [COMMON, OWN, KERNELS, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
     (
         r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|measure\w*|speed|relu_pool)\.(h|cpp))",

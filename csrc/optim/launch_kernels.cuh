@@ -1,7 +1,6 @@
 // The kernels of an optimizer step, a translation unit for each family, as launch.cu starts them.
 #pragma once
 
-#include <c10/util/StringUtil.h>
 #include <cuda_runtime_api.h>
 
 #include "common/launch_check.h"

@@ -186,8 +186,11 @@ struct PooledSource {
       const int64_t offset = ((site.image * windows[0] + h) * windows[1] + w) * t.in_channels + channel;
       const auto gradient = read_pack<N>(grad_y + offset, present, in_packs);
       const auto winner = read_pack<N>(code + offset, present, in_packs);
+      // Pixels two apart share banks, and so would neighbouring windows that wrote the same position.
+      const int turn = kSide % 2 == 0 ? w & 1 : 0;
 #pragma unroll
-      for (int position = 0; position < kSide * kSide; ++position) {
+      for (int turned = 0; turned < kSide * kSide; ++turned) {
+        const int position = turned ^ turn;
         const int row = h * kSide + position / kSide - site.origin[0];
         const int column = w * kSide + position % kSide - site.origin[1];
         if (static_cast<uint32_t>(row) >= static_cast<uint32_t>(t.patch[0]) ||

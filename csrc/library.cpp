@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common/simd.h"
+#include "conv_relu_pool/measure_block.h"
 #include "conv_relu_pool/measure_cuda.h"
 #include "conv_relu_pool/op.h"
 #include "conv_relu_pool/speed.h"
@@ -66,14 +67,17 @@ namespace {
 using PlanRow = std::tuple<std::string, std::string, double, double, double, bool>;
 using Pair = std::vector<int64_t>;
 
-std::vector<PlanRow> plan_block(const at::Tensor& input, const at::Tensor& weight, const Pair& stride,
+std::vector<PlanRow> plan_block(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, const Pair& stride,
                                 const Pair& padding, const Pair& dilation, int64_t groups,
                                 std::optional<std::string> activation, std::optional<std::string> pool,
                                 const Pair& pool_size, const Pair& pool_stride, const Pair& pool_padding,
                                 bool ceil_mode, bool save_code) {
-  const dlfast::BlockPlan plan =
-      dlfast::plan_block(input, weight, {stride, padding, dilation, groups},
-                         {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode}, save_code);
+  const std::array<bool, 3> mask = {input.requires_grad(), weight.requires_grad(),
+                                    bias && bias->requires_grad()};
+  const dlfast::BlockPlan plan = dlfast::plan_block(
+      input, weight, {stride, padding, dilation, groups},
+      {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode}, save_code, mask);
   std::vector<PlanRow> rows = {{"convolution", "", plan.flops, 0.0, plan.floor, false}};
   const auto add = [&](const char* part, const dlfast::Choice& choice) {
     for (int i = 0; i < choice.count; ++i) {
@@ -84,6 +88,14 @@ std::vector<PlanRow> plan_block(const at::Tensor& input, const at::Tensor& weigh
   add("forward", plan.forward);
   add("grad_input", plan.grad_input);
   add("grad_weight", plan.grad_weight);
+#ifdef DLFAST_WITH_CUDA
+  const auto geometry = dlfast::Geometry::of(stride, padding, dilation, groups, activation, pool, pool_size,
+                                             pool_stride, pool_padding, ceil_mode);
+  if (const auto s = dlfast::measured_block(input, weight, bias, geometry, save_code)) {
+    rows.emplace_back("block", "eager", 0.0, 0.0, s->eager, s->eager < s->ours);
+    rows.emplace_back("block", "operator", 0.0, 0.0, s->ours, s->eager >= s->ours);
+  }
+#endif
   return rows;
 }
 
@@ -94,10 +106,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "simd_level", [] { return std::string(dlfast::simd_name(dlfast::simd_level())); },
       "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
-  m.def("plan_block", plan_block,
-        "Candidates of each part of a block as (part, name, flops, bytes, seconds, chosen), seconds on CUDA "
-        "only; "
-        "the first row is the convolution as such, its seconds the least there can be");
+  m.def(
+      "plan_block", plan_block,
+      "Candidates of each part of a block as (part, name, flops, bytes, seconds, chosen), seconds on CUDA "
+      "only; the first row is the convolution as such, its seconds the least there can be. Where PyTorch is "
+      "set to measure and has, two rows 'block' say what the whole takes by PyTorch's kernels and by ours");
   m.def("peak_flops", dlfast::peak_flops, py::call_guard<py::gil_scoped_release>(),
         "Multiplications and additions of float32 per second that the threads of ATen reach");
   m.def("peak_bandwidth", dlfast::peak_bandwidth, py::call_guard<py::gil_scoped_release>(),

@@ -42,12 +42,21 @@ def _relu_pool2d(
     return output, _empty_code(output, input, activation, pool, pool_size, save_code)
 
 
+def _convolved(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:  # fmt: skip
+    z = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    # The operator answers in channels_last wherever an operand suggests it; not all of PyTorch's convolutions do.
+    suggested = [torch._prims_common.suggest_memory_format(t) for t in (input, weight)]
+    return z.contiguous(memory_format=max(suggested, key=lambda format: format == torch.channels_last))
+
+
 def _conv_relu_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes,
     groups: int, activation: str | None, pool: str | None, pool_size: Sizes, pool_stride: Sizes,
     pool_padding: Sizes, ceil_mode: bool, save_code: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    z = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    z = _convolved(input, weight, bias, stride, padding, dilation, groups)
     return _relu_pool2d(z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code)
 
 
@@ -56,7 +65,7 @@ def _conv_relu_pool2d_backward(
     dilation: Sizes, groups: int, activation: str | None, pool: str | None, pool_size: Sizes,
     pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    z = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
+    z = _convolved(input, weight, None, stride, padding, dilation, groups)
     grads = torch.ops.aten.convolution_backward(
         torch.empty_like(z), input, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0],
         groups, output_mask,

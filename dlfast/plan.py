@@ -64,10 +64,12 @@ class Plan:
     Attributes:
         forward, grad_input, grad_weight: names of the chosen ways: "pytorch" (PyTorch's kernels with one pass
             of ours), "direct", "winograd2", "winograd4", "sparse", "patches", on CUDA "single", or "reference"
-            where compiled operators do not run at all. On CUDA "eager" stands among the candidates for
-            comparison; `torch.backends.cudnn.benchmark` takes it for a whole block where it measures faster.
+            where compiled operators do not run at all. On CUDA "eager" stands among the predicted candidates for
+            comparison. With `torch.backends.cudnn.benchmark` whole blocks are measured, and it is the name of all
+            three where PyTorch's kernels, one by one, were faster.
         reason: why, in a sentence.
-        predicted_gain: predicted time of PyTorch's way over ours, forward and the gradients that are needed.
+        predicted_gain: time of PyTorch's way over the chosen one, forward and the gradients that are needed;
+            measured where the block was.
         flops: multiplications and additions of one convolution; forward and each gradient have as many.
         bytes: what the forward reads and writes.
         parts: the candidates of each part with their predicted seconds.
@@ -146,7 +148,7 @@ def plan_block(module: ConvReLUPool2d, input: Tensor) -> Plan:
         padding = same_padding(module.kernel_size, module.dilation)[0] if padding == "same" else (0, 0)
     training = torch.is_grad_enabled()
     rows = native.module.plan_block(
-        batched, module.weight, module.stride, pair("padding", padding), module.dilation, module.groups,
+        batched, module.weight, module.bias, module.stride, pair("padding", padding), module.dilation, module.groups,
         module.activation, module.pool, module.pool_size, module.pool_stride, module.pool_padding,
         module.ceil_mode, training,
     )  # fmt: skip
@@ -175,10 +177,15 @@ def _plan_from(rows: list[Row], training: bool, input: Tensor) -> Plan:
     gain = sum(p.candidates[0].seconds for p in needed) / sum(p.chosen.seconds for p in needed)
     if speed is not None:
         floor = max(flops / speed.flops, min(c.bytes for c in parts[0].candidates) / speed.bandwidth)
-    return Plan(
-        parts[0].chosen.path, parts[1].chosen.path, parts[2].chosen.path, _reason(needed), gain, flops,
-        parts[0].chosen.bytes, tuple(needed), floor,
-    )  # fmt: skip
+    paths, reason = [part.chosen.path for part in parts], _reason(needed)
+    whole = {path: known for part, path, _, _, known, _ in rows if part == "block"}
+    if whole:
+        eager, ours = whole["eager"], whole["operator"]
+        gain = max(1.0, eager / ours)
+        if eager < ours:
+            paths, reason = ["eager"] * 3, "PyTorch's kernels"
+        reason += f"; measured as a whole: {eager * 1e3:.3g} ms by PyTorch's kernels, {ours * 1e3:.3g} ms by ours"
+    return Plan(*paths, reason, gain, flops, parts[0].chosen.bytes, tuple(needed), floor)
 
 
 def _reason(parts: list[Part]) -> str:

@@ -40,7 +40,7 @@ def ways(tensors: list[Tensor], case: Case) -> dict[str, str]:
     pool = case.pool.get("pool", "max")
     size = cases_pair(case.pool.get("pool_size", 2))
     rows = native.module.plan_block(
-        tensors[0], tensors[1], cases_pair(case.conv.get("stride", 1)), cases_pair(case.conv.get("padding", 0)),
+        tensors[0], tensors[1], None, cases_pair(case.conv.get("stride", 1)), cases_pair(case.conv.get("padding", 0)),
         cases_pair(case.conv.get("dilation", 1)), case.conv.get("groups", 1), case.pool.get("activation", "relu"),
         pool, size, cases_pair(case.pool.get("pool_stride", size)), cases_pair(case.pool.get("pool_padding", 0)),
         case.pool.get("ceil_mode", False), True,
@@ -152,7 +152,7 @@ def test_accuracy_against_float64(case, dtype):
     assert ((output.cpu().double() - exact).abs() <= cases.forward_bound(case, tensors, dtype)).all()
 
 
-@pytest.mark.parametrize("products", ["tensor_core", "fma"])
+@pytest.mark.parametrize("products", ["", "fma"], ids=["tensor_core", "fma"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["input", "weight", "bias", "grad"])
 @pytest.mark.parametrize("channels", [3, 16])
@@ -200,3 +200,29 @@ def test_many_images():
     output = dlfast.conv_relu_pool2d(input, weight, padding=1)
     expected = reference.conv_relu_pool2d(input[-2:], weight, padding=1)
     torch.testing.assert_close(output[-2:], expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("last", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_strides_are_those_that_compile_expects(last, dtype):
+    formats = [torch.channels_last if x else torch.contiguous_format for x in last]
+    input = torch.randn(2, 8, 10, 10, device="cuda", dtype=dtype).to(memory_format=formats[0])
+    weight = torch.randn(8, 8, 3, 3, device="cuda", dtype=dtype).to(memory_format=formats[1])
+    args = (input, weight, None, [1, 1], [0, 0], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False, True)
+    forward = torch.ops.dlfast._conv_relu_pool2d.default
+    torch.library.opcheck(forward, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_outgrows_a_tile_is_left_to_pytorch():
+    """Its patch would have 2^32 pixels, which is 0 in 32 bits."""
+    case = Case(n=1, c=8, k=8, h=1, w=1, kernel=(3, 3), conv={"padding": 32760, "dilation": 32760},
+                pool={"pool": None})  # fmt: skip
+    tensors = [on_cuda(t) if t.dim() == 4 else t.cuda() for t in cases.integers(case, torch.float16)]
+    assert ways(tensors, case)["forward"] == "pytorch"
+
+
+def test_products_are_named(monkeypatch):
+    monkeypatch.setenv("DLFAST_PRODUCTS", "tensor_core")
+    input, weight = torch.ones(1, 8, 4, 4, device="cuda"), torch.ones(8, 8, 3, 3, device="cuda")
+    with pytest.raises(ValueError, match="DLFAST_PRODUCTS must be fma or unset, got tensor_core"):
+        dlfast.conv_relu_pool2d(input, weight)

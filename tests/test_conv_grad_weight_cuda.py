@@ -96,7 +96,7 @@ class Problem:
 
     def path(self) -> str:
         _, input, weight, _ = self.on_device()
-        rows = native.module.plan_block(input, weight, *self.conv, *self.pooling, True)
+        rows = native.module.plan_block(input, weight, None, *self.conv, *self.pooling, True)
         return next(name for part, name, *_, chosen in rows if part == "grad_weight" and chosen)
 
     def backward(self, tensors: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -300,7 +300,7 @@ def test_what_does_not_fit_is_left_to_pytorch():
         )
         problem = Problem(case, input, weight, input, input, input)
         conv = [*problem.conv[:3], case.conv.get("groups", 1)]
-        rows = native.module.plan_block(input, weight, *conv, *problem.pooling, True)
+        rows = native.module.plan_block(input, weight, None, *conv, *problem.pooling, True)
         names = [name for part, name, *_ in rows if part == "grad_weight"]
         assert "pytorch" in names
         assert "single" not in names

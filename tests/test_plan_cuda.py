@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_conv_cuda import on_cuda
 
 import dlfast
@@ -68,12 +71,41 @@ def test_benchmark_measures_once_and_takes_the_fastest(training, monkeypatch):
     wanted = dlfast.reference.conv_relu_pool2d(x.cpu().float(), module.weight.cpu().float(), module.bias.cpu().float(),
                                                padding=1)  # fmt: skip
     torch.testing.assert_close(first.cpu().float(), wanted, rtol=1e-2, atol=1e-2)
-    _, epilogue, single = measured.parts[0].candidates
+    # PyTorch's kernels one by one are measured as a whole block, not in parts.
+    assert [c.path for c in measured.parts[0].candidates] == ["pytorch", "single"]
+    epilogue, single = measured.parts[0].candidates
     assert {epilogue.seconds, single.seconds}.isdisjoint(c.seconds for c in predicted.parts[0].candidates)
     assert measured.parts[0].chosen.seconds == min(epilogue.seconds, single.seconds)
+    assert "measured as a whole" in measured.reason
     if training:
         first.float().sum().backward()
         assert module.weight.grad.isfinite().all()
+        backward = dlfast.explain(module, x).parts[1]
+        assert [c.path for c in backward.candidates] == ["pytorch", "single"]
+        assert backward.chosen.seconds == min(c.seconds for c in backward.candidates)
+
+
+def test_a_block_that_eager_runs_faster_says_so(monkeypatch):
+    """What the emulator finds faster is as good as chance: both answers are told as they were measured."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    module, x = block(16), tensor(2, 16, 16, 16)
+    module(x)
+    plan = dlfast.explain(module, x)
+    eager, ours = (float(number) for number in re.findall(r"([\d.e+-]+) ms", plan.reason))
+    if eager < ours:
+        assert (plan.forward, plan.grad_weight, plan.predicted_gain) == ("eager", "eager", 1.0)
+    else:
+        assert plan.forward in ("pytorch", "single")
+        assert plan.predicted_gain == pytest.approx(eager / ours, rel=0.02)
+
+
+def test_checkpointing_with_benchmark(monkeypatch):
+    """Nothing is measured while checkpointing watches, which must find the same tensors saved twice."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    module, x = block(16), tensor(2, 16, 16, 16).requires_grad_()
+    torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False).float().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.ne(0).any()
+    assert "measured" not in dlfast.explain(module, x).reason
 
 
 def test_gradients_are_the_same_with_benchmark(monkeypatch):

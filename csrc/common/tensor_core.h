@@ -15,9 +15,6 @@ namespace dlfast {
 // Whether this pass of the compiler is for an architecture that has all of this (sm_80 and later).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define DLFAST_TENSOR_CORES 1
-constexpr bool kTensorCores = true;
-#else
-constexpr bool kTensorCores = false;
 #endif
 
 constexpr int kStepBytes = 32;  // along k, of one product
@@ -32,14 +29,6 @@ DLFAST_DEVICE uint32_t shared_address(const void* p) {
 DLFAST_DEVICE void copy_async_16(uint32_t to, const void* from, bool valid) {
   const uint32_t bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-// 4 or 8 bytes, in the same way.
-template <int kBytes>
-DLFAST_DEVICE void copy_async(uint32_t to, const void* from, bool valid) {
-  const uint32_t bytes = valid ? kBytes : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes)
-               : "memory");
 }
 
 DLFAST_DEVICE void copy_commit() {

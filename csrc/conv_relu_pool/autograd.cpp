@@ -11,15 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#ifdef DLFAST_WITH_CUDA
-#include <ATen/Context.h>
-#include <torch/csrc/autograd/autograd.h>
-
-#include <sstream>
-
-#include "conv_relu_pool/measure_cuda.h"
-#include "conv_relu_pool/plan.h"
-#endif
+#include "conv_relu_pool/measure_block.h"
+#include "conv_relu_pool/op_geometry.h"
 
 namespace dlfast {
 namespace {
@@ -28,66 +21,9 @@ using at::IntArrayRef;
 using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
-using OptionalName = std::optional<std::string_view>;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-
-// The arguments between the tensors and the flags, as one value that autograd can keep.
-struct Geometry {
-  using Pair = std::array<int64_t, 2>;
-  Pair stride, padding, dilation;
-  int64_t groups;
-  OptionalName activation, pool;
-  Pair pool_size, pool_stride, pool_padding;
-  bool ceil_mode;
-
-  static Pair pair(const char* name, IntArrayRef value) {
-    TORCH_CHECK(value.size() == 2, "conv_relu_pool2d: ", name, " must be an int or a pair of ints, got ",
-                value);
-    return {value[0], value[1]};
-  }
-
-  static Geometry of(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                     OptionalName activation, OptionalName pool, IntArrayRef pool_size,
-                     IntArrayRef pool_stride, IntArrayRef pool_padding, bool ceil_mode) {
-    return {pair("stride", stride),
-            pair("padding", padding),
-            pair("dilation", dilation),
-            groups,
-            activation,
-            pool,
-            pair("pool_size", pool_size),
-            pair("pool_stride", pool_stride),
-            pair("pool_padding", pool_padding),
-            ceil_mode};
-  }
-
-  void save(AutogradContext* ctx) const {
-    const int64_t activation_code = activation ? 1 : 0, pool_code = !pool ? 0 : *pool == "avg" ? 2 : 1;
-    ctx->saved_data["geometry"] = std::vector<int64_t>{
-        stride[0],    stride[1],       padding[0],     padding[1],     dilation[0],     dilation[1],
-        pool_size[0], pool_size[1],    pool_stride[0], pool_stride[1], pool_padding[0], pool_padding[1],
-        groups,       activation_code, pool_code,      ceil_mode};
-  }
-  static Geometry restore(AutogradContext* ctx) {
-    const std::vector<int64_t> v = ctx->saved_data["geometry"].toIntVector();
-    const OptionalName none, max = "max", avg = "avg", relu = "relu";
-    return {{v[0], v[1]},
-            {v[2], v[3]},
-            {v[4], v[5]},
-            v[12],
-            v[13] == 0 ? none : relu,
-            v[14] == 0   ? none
-            : v[14] == 1 ? max
-                         : avg,
-            {v[6], v[7]},
-            {v[8], v[9]},
-            {v[10], v[11]},
-            v[15] != 0};
-  }
-};
 
 template <typename Signature>
 auto find(const char* name) {
@@ -332,51 +268,6 @@ Tensor transpose_autograd(const Tensor& grad, const Tensor& code, OptionalName a
 
 // ---- The public operator ------------------------------------------------------------------------------
 
-#ifdef DLFAST_WITH_CUDA
-// PyTorch's kernels one by one, under its own autograd.
-Tensor eager_block(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Geometry& g) {
-  Tensor x = at::conv2d(input, weight, bias, g.stride, g.padding, g.dilation, g.groups);
-  if (g.activation) x = at::relu(x);
-  if (!g.pool) return x;
-  return *g.pool == "avg" ? at::avg_pool2d(x, g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode)
-                          : at::max_pool2d(x, g.pool_size, g.pool_stride, g.pool_padding, 1, g.ceil_mode);
-}
-
-// Whether eager_block is faster than the operator, measured where PyTorch is set to measure: forward, and
-// backward where there will be one.
-bool eager_is_faster(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Geometry& g,
-                     bool backward) {
-  if (!may_measure(input) || plan_is_forced()) return false;
-  const bool biased = bias && bias->defined();
-  std::ostringstream key;
-  key << "block " << input.device() << ' ' << input.scalar_type() << ' ' << input.sizes() << input.strides()
-      << weight.sizes() << weight.strides() << IntArrayRef(g.stride) << IntArrayRef(g.padding)
-      << IntArrayRef(g.dilation) << g.groups << g.activation.value_or("") << g.pool.value_or("")
-      << IntArrayRef(g.pool_size) << IntArrayRef(g.pool_stride) << IntArrayRef(g.pool_padding) << g.ceil_mode
-      << backward << input.requires_grad() << weight.requires_grad() << biased
-      << at::globalContext().allowTF32CuDNN(at::Float32Op::CONV)
-      << at::globalContext().deterministicAlgorithms();
-  const auto step = [&](auto block) {
-    variable_list leaves;
-    const auto leaf = [&](const Tensor& t) {
-      Tensor copy = t.detach();
-      if (backward && t.requires_grad()) leaves.push_back(copy.requires_grad_());
-      return copy;
-    };
-    const Tensor x = leaf(input), w = leaf(weight);
-    const Tensor output = block(x, w, biased ? OptionalTensor(leaf(*bias)) : bias);
-    if (backward) torch::autograd::grad({output}, leaves, {at::ones_like(output)});
-  };
-  const auto ours = [&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
-    return std::get<0>(call_forward(x, w, b, g, backward));
-  };
-  const auto pytorch = [&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
-    return eager_block(x, w, b, g);
-  };
-  return pytorch_is_faster(key.str(), [&] { step(ours); }, [&] { step(pytorch); });
-}
-#endif
-
 Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                         OptionalName activation, OptionalName pool, IntArrayRef pool_size,
@@ -392,7 +283,10 @@ Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Optiona
   if (input.dim() == 3)
     return std::get<0>(call_forward(input.unsqueeze(0), weight, bias, g, save_code)).squeeze(0);
 #ifdef DLFAST_WITH_CUDA
-  if (eager_is_faster(input, weight, bias, g, save_code)) return eager_block(input, weight, bias, g);
+  const auto ours = [&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+    return std::get<0>(call_forward(x, w, b, g, save_code));
+  };
+  if (eager_is_faster(input, weight, bias, g, save_code, ours)) return eager_block(input, weight, bias, g);
 #endif
   return std::get<0>(call_forward(input, weight, bias, g, save_code));
 }

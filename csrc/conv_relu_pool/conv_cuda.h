@@ -10,6 +10,7 @@
 
 #include <optional>
 
+#include "common/memo.h"
 #include "conv_relu_pool/params.h"
 #include "conv_relu_pool/relu_pool.h"
 
@@ -18,6 +19,7 @@ namespace dlfast {
 // What the launches know of a device; asked once per device.
 struct CudaDevice {
   int64_t arch;          // 10 * major + minor: 80, 86, 90, 120
+  int64_t code_arch;     // what the kernels it runs were compiled for: less, where from older PTX
   int64_t processors;    // streaming multiprocessors
   int64_t shared_bytes;  // that one block may have
   double clock;          // Hz
@@ -25,6 +27,7 @@ struct CudaDevice {
 };
 
 const CudaDevice& current_cuda_device();
+int64_t code_architecture();  // of the current device; current_cuda_device() remembers it
 
 // How the products of a block are computed.
 enum class Products : int32_t {
@@ -37,6 +40,32 @@ struct CudaConv {
   Dtype dtype;
   Products products;
 };
+
+// Equal for blocks that the functions below treat alike on one device.
+inline MemoKey memo_key(const CudaConv& c) {
+  const ConvParams& p = c.p.conv;
+  const ReluPoolParams& r = c.p.pool;
+  MemoKey key{static_cast<int64_t>(c.dtype),
+              static_cast<int64_t>(c.products),
+              static_cast<int64_t>(r.activation),
+              static_cast<int64_t>(r.pool),
+              r.channels_last,
+              p.batch,
+              p.in_channels,
+              p.out_channels,
+              p.groups};
+  for (const int axis : {0, 1}) {
+    key.add({p.input_size[axis], p.kernel[axis], p.stride[axis], p.padding[axis], p.dilation[axis],
+             r.output_size[axis], r.window.size[axis], r.window.stride[axis], r.window.padding[axis]});
+  }
+  return key;
+}
+
+inline MemoKey memo_key(const CudaConv& c, const CudaDevice& device) {
+  MemoKey key = memo_key(c);
+  key.add({device.arch, device.code_arch, device.processors, device.shared_bytes});
+  return key;
+}
 
 // What a launch would compute.
 struct ConvWork {

@@ -130,7 +130,8 @@ std::optional<Tiling> cut(const ConvView& v, int64_t channels_per_block, bool in
   const int64_t image_in = v.in[0] * v.in[1] * v.in_channels, image_out = v.out[0] * v.out[1];
   constexpr int64_t kMostPatch = 1 << 20;  // far more than shared memory holds
   if (blocks > kMost32Bit || image_in > kMost32Bit || image_out > kMost32Bit || v.out_channels > kMost32Bit ||
-      patch_of(0, best[0]) > kMostPatch || patch_of(1, best[1]) > kMostPatch || v.padding[0] > kMostPatch ||
+      patch_of(0, best[0]) > kMostPatch || patch_of(1, best[1]) > kMostPatch ||
+      int64_t{t.patch[0]} * t.row_pitch > kMostPatch || v.padding[0] > kMostPatch ||
       v.padding[1] > kMostPatch || v.kernel[0] * v.kernel[1] > kMostPatch) {
     return std::nullopt;
   }

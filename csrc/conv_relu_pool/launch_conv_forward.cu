@@ -57,8 +57,8 @@ int conflicts(const ConvTile& t, const FirstLayout& layout) {
 
 // Interleaved or not, and how long rows are: what has the fewest bank conflicts.
 template <typename W>
-std::optional<FirstFit> fit_first(const ConvView& v, int64_t element_bytes, int64_t channels_per_block,
-                                  const CudaDevice& device) {
+std::optional<FirstFit> search_first(const ConvView& v, int64_t element_bytes, int64_t channels_per_block,
+                                     const CudaDevice& device) {
   const int64_t words = (v.in_channels * element_bytes + 3) / 4;
   std::optional<FirstFit> best;
   int best_conflicts = 0;
@@ -92,6 +92,14 @@ std::optional<FirstFit> fit_first(const ConvView& v, int64_t element_bytes, int6
   return best;
 }
 
+template <typename W>
+std::optional<FirstFit> fit_first(const CudaConv& c, int64_t channels_per_block, const CudaDevice& device) {
+  static Memo<std::optional<FirstFit>> memo;
+  return memo.get(memo_key(c, device), [&] {
+    return search_first<W>(forward_view(c.p), bytes_of(c.dtype), channels_per_block, device);
+  });
+}
+
 constexpr int kWide = 8, kNarrow = 4;  // fragments of 8 channels that a block computes
 
 int columns_for(int64_t out_channels) {
@@ -117,7 +125,7 @@ std::optional<ConvWork> work_of(const CudaConv& c, const CudaDevice& device) {
   const ConvView v = forward_view(c.p);
   const int64_t columns = columns_of<W>(v);
   if (goes_first<W>(v)) {
-    if (const auto fit = fit_first<W>(v, bytes_of(c.dtype), 8 * columns, device)) {
+    if (const auto fit = fit_first<W>(c, 8 * columns, device)) {
       return ConvWork{
           fit->tiling.blocks,
           block_macs<W>(columns) * static_cast<double>(fit->layout.steps * kStepBytes / bytes_of(c.dtype))};
@@ -128,6 +136,7 @@ std::optional<ConvWork> work_of(const CudaConv& c, const CudaDevice& device) {
 
 template <typename T>
 struct Tensors {
+  const CudaConv& conv;
   const T* input;
   const T* weight;
   ConvFinish<T> finish;
@@ -155,7 +164,7 @@ void run(const ConvView& v, const Tensors<T>& tensors, const CudaDevice& device)
   if constexpr (kTakesFirst<W>) {
     using Body = ConvFirst<T, W, kColumns>;
     if (goes_first<W>(v)) {
-      if (const auto fit = fit_first<W>(v, sizeof(T), Body::kChannels, device)) {
+      if (const auto fit = fit_first<W>(tensors.conv, Body::kChannels, device)) {
         launch_conv<conv_forward_kernel<Body>>(Body{.t = fit->tiling.tile,
                                                     .layout = fit->layout,
                                                     .input = tensors.input,
@@ -170,6 +179,13 @@ void run(const ConvView& v, const Tensors<T>& tensors, const CudaDevice& device)
 }
 
 }  // namespace
+
+int64_t code_architecture() {
+  cudaFuncAttributes facts{};
+  using Any = ConvFirst<__half, Window2x2, kNarrow>;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&facts, reinterpret_cast<const void*>(conv_forward_kernel<Any>)));
+  return facts.ptxVersion;
+}
 
 std::optional<ConvWork> conv_forward_work(const CudaConv& c, const CudaDevice& device) {
   if (c.products == Products::fma) return conv_forward_fma_work(c, device);
@@ -186,7 +202,8 @@ void conv_forward(const CudaConv& c, const void* input, const void* weight, cons
     using T = decltype(zero);
     const CudaDevice& device = current_cuda_device();
     const ConvView v = forward_view(c.p);
-    const Tensors<T> tensors{.input = static_cast<const T*>(input),
+    const Tensors<T> tensors{.conv = c,
+                             .input = static_cast<const T*>(input),
                              .weight = static_cast<const T*>(weight),
                              .finish = forward_finish<T>(c, bias, y, code),
                              .stream = stream};

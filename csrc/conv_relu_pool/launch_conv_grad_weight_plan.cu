@@ -333,8 +333,9 @@ class Planner {
 }  // namespace
 
 std::optional<Plan> plan_of(const CudaConv& c, const CudaDevice& device) {
+  static Memo<std::optional<Plan>> memo;
   if (!accepts(c)) return std::nullopt;
-  return Planner(c, device).best();
+  return memo.get(memo_key(c, device), [&] { return Planner(c, device).best(); });
 }
 
 }  // namespace dlfast::grad_weight

@@ -2,37 +2,40 @@
 
 #ifdef DLFAST_WITH_CUDA
 #include <ATen/Context.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/cuda/CUDAEvent.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
 #include <limits>
-#include <mutex>
-#include <sstream>
-#include <unordered_map>
+#include <utility>
 
 namespace dlfast {
 namespace {
 
-constexpr int kRounds = 3;
+constexpr int kRounds = 3, kInARow = 5;
 
-struct Memory {
-  std::mutex mutex;
-  std::unordered_map<std::string, std::vector<double>> seconds;
-};
-
-Memory& memory() {
-  static Memory all;
-  return all;
+Memo<std::vector<double>>& memory() {
+  static Memo<std::vector<double>> seconds;
+  return seconds;
 }
 
 }  // namespace
 
-bool may_measure(const at::Tensor& tensor) {
+bool goes_by_measurements(const at::Tensor& tensor) {
   return at::globalContext().benchmarkCuDNN() && tensor.is_cuda() && tensor.numel() > 0 &&
-         !tensor.key_set().has(c10::DispatchKey::Python) &&
+         !tensor.key_set().has(c10::DispatchKey::Python);
+}
+
+bool is_watched() {
+  return at::SavedTensorDefaultHooks::get_hooks().has_value() || c10::impl::dispatch_mode_enabled();
+}
+
+bool may_measure(const at::Tensor& tensor) {
+  return goes_by_measurements(tensor) && !is_watched() &&
          c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
 }
 
@@ -43,10 +46,11 @@ double seconds_of(const std::function<void()>& work) {
     for (int round = 0; round < kRounds; ++round) {
       at::cuda::CUDAEvent begin(cudaEventDefault), end(cudaEventDefault);
       begin.record();
-      work();
+      // While the device works the host prepares more: one alone would be measured with its launch.
+      for (int i = 0; i < kInARow; ++i) work();
       end.record();
       end.synchronize();
-      best = std::min(best, static_cast<double>(begin.elapsed_time(end)) * 1e-3);
+      best = std::min(best, static_cast<double>(begin.elapsed_time(end)) * 1e-3 / kInARow);
     }
   } catch (const c10::OutOfMemoryError&) {
     return std::numeric_limits<double>::infinity();
@@ -54,48 +58,38 @@ double seconds_of(const std::function<void()>& work) {
   return best;
 }
 
-std::optional<std::vector<double>> remembered(const std::string& key) {
-  const std::lock_guard<std::mutex> lock(memory().mutex);
-  const auto found = memory().seconds.find(key);
-  if (found == memory().seconds.end()) return std::nullopt;
-  return found->second;
+std::optional<std::vector<double>> remembered(const MemoKey& key) {
+  return memory().find(key);
 }
 
-void remember(const std::string& key, std::vector<double> seconds) {
-  const std::lock_guard<std::mutex> lock(memory().mutex);
-  memory().seconds[key] = std::move(seconds);
+void remember(const MemoKey& key, std::vector<double> seconds) {
+  memory().put(key, std::move(seconds));
 }
 
 void forget_measurements() {
-  const std::lock_guard<std::mutex> lock(memory().mutex);
-  memory().seconds.clear();
+  memory().clear();
 }
 
-bool pytorch_is_faster(const std::string& key, const std::function<void()>& ours,
-                       const std::function<void()>& pytorch) {
-  auto seconds = remembered(key);
-  if (!seconds) {
-    seconds = {seconds_of(ours), seconds_of(pytorch)};
-    remember(key, *seconds);
-  }
-  return (*seconds)[1] < (*seconds)[0];
+namespace {
+
+MemoKey measurement_key(const CudaConv& c, int64_t device_index, std::initializer_list<int64_t> what) {
+  MemoKey key = memo_key(c);
+  key.add(what);
+  key.add({device_index, at::globalContext().deterministicAlgorithms()});
+  // An input in another layout is brought into the one of the output first.
+  const auto& strides = c.p.input_strides;
+  key.add({strides[0], strides[1], strides[2], strides[3]});
+  return key;
 }
 
-std::string measurement_key(const char* part, const CudaConv& c, int64_t device_index, bool flag) {
-  std::ostringstream key;
-  const ConvParams& p = c.p.conv;
-  const ReluPoolParams& r = c.p.pool;
-  key << part << ' ' << device_index << ' ' << static_cast<int>(c.dtype) << ' '
-      << static_cast<int>(c.products) << ' ' << flag << ' ' << p.batch << ' ' << p.in_channels << ' '
-      << p.out_channels << ' ' << p.groups;
-  for (const int axis : {0, 1}) {
-    key << ' ' << p.input_size[axis] << ' ' << p.kernel[axis] << ' ' << p.stride[axis] << ' '
-        << p.padding[axis] << ' ' << p.dilation[axis] << ' ' << r.output_size[axis] << ' '
-        << r.window.size[axis] << ' ' << r.window.stride[axis] << ' ' << r.window.padding[axis];
-  }
-  key << ' ' << static_cast<int>(r.activation) << ' ' << static_cast<int>(r.pool) << ' ' << r.channels_last
-      << ' ' << at::globalContext().deterministicAlgorithms();
-  return key.str();
+}  // namespace
+
+MemoKey forward_key(const CudaConv& c, int64_t device_index, bool save_code) {
+  return measurement_key(c, device_index, {0, save_code});
+}
+
+MemoKey backward_key(const CudaConv& c, int64_t device_index, std::array<bool, 3> mask) {
+  return measurement_key(c, device_index, {1, mask[0], mask[1], mask[2]});
 }
 
 }  // namespace dlfast

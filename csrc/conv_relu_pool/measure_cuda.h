@@ -1,36 +1,52 @@
 // With torch.backends.cudnn.benchmark the ways of a block are timed when a problem is first met, and the
-// findings remembered for as long as the process lives.
+// findings remembered, as many as a Memo holds.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <functional>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "conv_relu_pool/conv_cuda.h"
+#include "conv_relu_pool/plan.h"
 
 namespace dlfast {
 
-// Whether PyTorch is set to time what it runs, and this tensor is something to time it with: on CUDA, not a
-// fake of torch.compile, its stream not being captured.
+// Whether PyTorch is set to time what it runs, and this tensor is one that it runs on: on CUDA, not a fake of
+// torch.compile.
+bool goes_by_measurements(const at::Tensor& tensor);
+
+// Whether somebody watches what runs: by hooks on saved tensors, as checkpointing does, or by a dispatch mode.
+bool is_watched();
+
+// Whether more may be measured with a tensor now: nobody watches, who would see every trial, and the stream is
+// not being captured.
 bool may_measure(const at::Tensor& tensor);
 
-// How long `work` keeps the current stream busy: the shortest of three, after one to warm up. Infinite where
-// it finds no memory. Waits for the device.
+// How long `work` takes when it runs several times in a row on the current stream, as in a training loop: the
+// shortest of three, after one to warm up. Infinite where it finds no memory. Waits for the device.
 double seconds_of(const std::function<void()>& work);
 
-// Seconds by way, in an order that is the caller's, as they were remembered under `key`.
-std::optional<std::vector<double>> remembered(const std::string& key);
-void remember(const std::string& key, std::vector<double> seconds);
+// Seconds, in an order that is the caller's, as they were remembered under `key`.
+std::optional<std::vector<double>> remembered(const MemoKey& key);
+void remember(const MemoKey& key, std::vector<double> seconds);
 void forget_measurements();
 
-// Whether PyTorch's own way was faster than ours, timed once under `key`.
-bool pytorch_is_faster(const std::string& key, const std::function<void()>& ours,
-                       const std::function<void()>& pytorch);
+// What `remembered` holds of a backward.
+struct BackwardSeconds {
+  double expand;  // which both dense gradients need, once
+  double dense_input, own_input;
+  double dense_weight, own_weight;  // with grad_bias
 
-// A key for one part of a block; equal for equal problems on equal devices.
-std::string measurement_key(const char* part, const CudaConv& c, int64_t device_index, bool flag);
+  std::vector<double> list() const { return {expand, dense_input, own_input, dense_weight, own_weight}; }
+  static BackwardSeconds of(const std::vector<double>& s) {
+    return {s.at(0), s.at(1), s.at(2), s.at(3), s.at(4)};
+  }
+};
+
+// Keys of the forward and the backward of a block; equal for equal problems on equal devices.
+MemoKey forward_key(const CudaConv& c, int64_t device_index, bool save_code);
+MemoKey backward_key(const CudaConv& c, int64_t device_index, std::array<bool, 3> mask);
 
 }  // namespace dlfast

@@ -326,15 +326,19 @@ Gradients cuda_backward(const Backward& b, const PlanContext& context, Mask mask
   const CudaConv c{b.p, b.dtype, context.products};
   const auto own_weight = [&] { return single_grad_weight(c, b.input, b.weight, b.grad_output, b.code); };
   const auto own_input = [&] { return single_grad_input(c, b.input, b.weight, b.grad_output, b.code); };
-  if (mask[1]) {
-    Tensor grad_z;
-    measure_backward(c, b.input, mask[0],
-                     {.expand = [&] { grad_z = b.expand(); },
-                      .dense_input = [&] { b.dense(grad_z, {true, false, false}); },
+  {
+    Tensor expanded;
+    const auto grad_z = [&]() -> const Tensor& {
+      if (!expanded.defined()) expanded = b.expand();  // there was no memory for it when it was measured
+      return expanded;
+    };
+    measure_backward(c, b.input, mask,
+                     {.expand = [&] { expanded = b.expand(); },
+                      .dense_input = [&] { b.dense(grad_z(), {true, false, false}); },
                       .dense_weight =
                           [&] {
-                            b.dense(grad_z, {false, true, false});
-                            if (mask[2]) b.bias(grad_z);
+                            b.dense(grad_z(), {false, true, false});
+                            if (mask[2]) b.bias(grad_z());
                           },
                       .own_input = [&] { own_input(); },
                       .own_weight = [&] { own_weight(); }});
@@ -372,7 +376,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
   const Tensor checked = check_code(op, p.pool, code, grad_output);
 
   const Backward b{p, dtype, grad_output, input, weight, checked};
-  const PlanContext context = context_of(input, dtype, true);
+  PlanContext context = context_of(input, dtype, true);
+  context.mask = output_mask;
 #ifdef DLFAST_WITH_CUDA
   if (context.device != nullptr) return cuda_backward(b, context, output_mask);
 #endif
@@ -382,12 +387,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
 }  // namespace
 
 BlockPlan plan_block(const Tensor& input, const Tensor& weight, const BlockArgs& block,
-                     const PoolArgs& pooling, bool save_code) {
+                     const PoolArgs& pooling, bool save_code, std::array<bool, 3> mask) {
   constexpr const char* op = "plan_block";
   const Dtype dtype = check_dtype(op, "input", input);
   const ConvBlockParams p = check_block(op, input, weight, block, pooling);
   const c10::OptionalDeviceGuard guard(input.device());
-  const PlanContext context = context_of(input, dtype, save_code);
+  PlanContext context = context_of(input, dtype, save_code);
+  context.mask = mask;
   BlockPlan plan{.flops = convolution_flops(p.conv),
                  .floor = 0,
                  .forward = plan_forward(p, context),

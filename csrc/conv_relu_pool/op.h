@@ -12,8 +12,9 @@ struct BlockPlan {
   Choice forward, grad_input, grad_weight;
 };
 
-// The plan of a block for these tensors, batched, with the number of threads set now. Raises as the operator.
+// The plan of a block for these tensors, batched, with the number of threads set now; mask says which of
+// grad_input, grad_weight and grad_bias a backward wants. Raises as the operator.
 BlockPlan plan_block(const at::Tensor& input, const at::Tensor& weight, const BlockArgs& block,
-                     const PoolArgs& pooling, bool save_code);
+                     const PoolArgs& pooling, bool save_code, std::array<bool, 3> mask);
 
 }  // namespace dlfast

@@ -38,6 +38,7 @@ const CudaDevice& current_cuda_device() {
     };
     devices[index] = {.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
                               attribute(cudaDevAttrComputeCapabilityMinor),
+                      .code_arch = code_architecture(),
                       .processors = attribute(cudaDevAttrMultiProcessorCount),
                       .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                       .clock = 1e3 * static_cast<double>(attribute(cudaDevAttrClockRate)),
@@ -80,9 +81,8 @@ Products cuda_products(Dtype dtype, const CudaDevice& device) {
   // DLFAST_PRODUCTS=fma does without tensor cores, as devices before sm_80 do; for tests.
   const char* asked = std::getenv("DLFAST_PRODUCTS");
   const std::string_view forced = asked == nullptr ? "" : asked;
-  TORCH_CHECK_VALUE(forced == "" || forced == "fma" || forced == "tensor_core",
-                    "DLFAST_PRODUCTS must be fma or tensor_core, got ", forced);
-  if (device.arch < 80 || forced == "fma") return Products::fma;
+  TORCH_CHECK_VALUE(forced == "" || forced == "fma", "DLFAST_PRODUCTS must be fma or unset, got ", forced);
+  if (dtype == Dtype::float64 || device.code_arch < 80 || forced == "fma") return Products::fma;
   const bool wanted = dtype != Dtype::float32 || at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
   return wanted ? Products::tensor_core : Products::fma;
 }
@@ -115,8 +115,11 @@ Tensor cuda_grad_bias(const ReluPoolParams& p, Dtype dtype, const Tensor& grad, 
   if (g.numel() == 0) return grad_bias;
   const auto sums = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
   const Tensor scratch = at::empty({grad_bias_scratch(p)}, g.options().dtype(sums));
-  grad_bias_cuda(p, dtype, g.const_data_ptr(), p.pool == Pool::avg ? nullptr : pointer(code),
-                 scratch.data_ptr(), grad_bias.data_ptr(), current_stream(g));
+  naming([&] { return c10::str("grad_bias for grad_output ", g.sizes()); },
+         [&] {
+           grad_bias_cuda(p, dtype, g.const_data_ptr(), p.pool == Pool::avg ? nullptr : pointer(code),
+                          scratch.data_ptr(), grad_bias.data_ptr(), current_stream(g));
+         });
   return grad_bias;
 }
 
@@ -134,58 +137,31 @@ std::tuple<Tensor, Tensor> single_grad_weight(const CudaConv& c, const Tensor& i
   return {grad_weight, grad_bias};
 }
 
-namespace {
-
-// What the planner reads: seconds by Path.
-std::vector<double> by_path(double pytorch, double single) {
-  std::vector<double> seconds(static_cast<size_t>(Path::single) + 1, 0.0);
-  constexpr double kLeast = 1e-9;  // 0 stands for nothing known
-  seconds[static_cast<size_t>(Path::pytorch)] = std::max(pytorch, kLeast);
-  seconds[static_cast<size_t>(Path::single)] = std::max(single, kLeast);
-  return seconds;
-}
-
-}  // namespace
-
 void measure_forward(const CudaConv& c, bool save_code, const Tensor& input,
                      const std::function<void()>& epilogue, const std::function<void()>& single) {
-  if (!may_measure(input) || plan_is_forced() || !conv_forward_work(c, current_cuda_device())) return;
-  const std::string key = measurement_key(measured_part(Part::forward), c, input.device().index(), save_code);
-  if (!remembered(key)) remember(key, by_path(seconds_of(epilogue), seconds_of(single)));
+  if (!may_measure(input) || cuda_plan_is_forced() || !conv_forward_work(c, current_cuda_device())) return;
+  const MemoKey key = forward_key(c, input.device().index(), save_code);
+  if (!remembered(key)) remember(key, {seconds_of(epilogue), seconds_of(single)});
 }
 
-void measure_backward(const CudaConv& c, const Tensor& input, bool needs_input, const BackwardWays& ways) {
-  if (!may_measure(input) || plan_is_forced()) return;
+void measure_backward(const CudaConv& c, const Tensor& input, std::array<bool, 3> mask,
+                      const BackwardWays& ways) {
+  if (!mask[1] || !may_measure(input) || cuda_plan_is_forced()) return;
   const CudaDevice& device = current_cuda_device();
-  const bool fits_input = needs_input && conv_grad_input_work(c, device).has_value();
+  const bool fits_input = mask[0] && conv_grad_input_work(c, device).has_value();
   const bool fits_weight = conv_grad_weight_fits(c, device);
   if (!fits_input && !fits_weight) return;
-  const auto key = [&](Part part) {
-    return measurement_key(measured_part(part), c, input.device().index(), true);
-  };
-  if (remembered(key(Part::grad_weight)) && (!needs_input || remembered(key(Part::grad_input)))) return;
-
+  const MemoKey key = backward_key(c, input.device().index(), mask);
+  if (remembered(key)) return;
   constexpr double kNever = std::numeric_limits<double>::infinity();
-  const double expand = seconds_of(ways.expand);
-  const double dense_weight = seconds_of(ways.dense_weight);
-  const double own_weight = fits_weight ? seconds_of(ways.own_weight) : kNever;
-  const double dense_input = needs_input ? seconds_of(ways.dense_input) : 0.0;
-  const double own_input = fits_input ? seconds_of(ways.own_input) : kNever;
-  // Both dense gradients share one expansion, so that a way costs what it adds to the best of the other's.
-  const auto both = [&](double a, bool a_is_dense, double b, bool b_is_dense) {
-    return a + b + (a_is_dense || b_is_dense ? expand : 0.0);
-  };
-  const auto with_best = [&](double mine, bool dense, double other_dense, double other_own) {
-    return std::min(both(mine, dense, other_dense, true), both(mine, dense, other_own, false));
-  };
-  if (!needs_input) {
-    remember(key(Part::grad_weight), by_path(expand + dense_weight, own_weight));
-    return;
-  }
-  remember(key(Part::grad_weight), by_path(with_best(dense_weight, true, dense_input, own_input),
-                                           with_best(own_weight, false, dense_input, own_input)));
-  remember(key(Part::grad_input), by_path(with_best(dense_input, true, dense_weight, own_weight),
-                                          with_best(own_input, false, dense_weight, own_weight)));
+  const BackwardSeconds found{.expand = seconds_of(ways.expand),
+                              .dense_input = mask[0] ? seconds_of(ways.dense_input) : 0.0,
+                              .own_input = !mask[0]     ? 0.0
+                                           : fits_input ? seconds_of(ways.own_input)
+                                                        : kNever,
+                              .dense_weight = seconds_of(ways.dense_weight),
+                              .own_weight = fits_weight ? seconds_of(ways.own_weight) : kNever};
+  remember(key, found.list());
 }
 
 }  // namespace dlfast

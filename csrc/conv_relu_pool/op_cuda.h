@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <functional>
 
 #include "conv_relu_pool/conv_cuda.h"
@@ -20,7 +21,7 @@ void single_forward(const CudaConv& c, const at::Tensor& input, const at::Tensor
 at::Tensor single_grad_input(const CudaConv& c, const at::Tensor& input, const at::Tensor& weight,
                              const at::Tensor& grad_output, const at::Tensor& code);
 
-// grad_weight in the layout of weight, and grad_bias.
+// grad_weight, channels_last, and grad_bias.
 std::tuple<at::Tensor, at::Tensor> single_grad_weight(const CudaConv& c, const at::Tensor& input,
                                                       const at::Tensor& weight, const at::Tensor& grad_output,
                                                       const at::Tensor& code);
@@ -37,6 +38,7 @@ struct BackwardWays {
 // Where PyTorch is set to measure, measures what the planner then goes by; once per problem.
 void measure_forward(const CudaConv& c, bool save_code, const at::Tensor& input,
                      const std::function<void()>& epilogue, const std::function<void()>& single);
-void measure_backward(const CudaConv& c, const at::Tensor& input, bool needs_input, const BackwardWays& ways);
+void measure_backward(const CudaConv& c, const at::Tensor& input, std::array<bool, 3> mask,
+                      const BackwardWays& ways);
 
 }  // namespace dlfast

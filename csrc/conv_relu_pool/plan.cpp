@@ -195,8 +195,9 @@ struct Backward {
 
 }  // namespace
 
-bool plan_is_forced() {
-  return forced_plan() != "";
+bool cuda_plan_is_forced() {
+  const std::string_view plan = forced_plan();
+  return plan == "single" || plan == "epilogue";
 }
 
 const char* path_name(Path path) {

@@ -50,6 +50,8 @@ struct PlanContext {
   int64_t threads;
   const CudaDevice* device;  // null where not on CUDA
   Products products;         // on CUDA
+  // Which of grad_input, grad_weight and grad_bias are wanted, by what was measured of a backward.
+  std::array<bool, 3> mask = {true, true, true};
 };
 
 enum class Part { forward, grad_input, grad_weight };
@@ -59,14 +61,12 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context);  
 Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context);
 #ifdef DLFAST_WITH_CUDA
 Choice plan_cuda(const ConvBlockParams& p, const PlanContext& context, Part part, std::string_view forced);
-// What `part` is called in the keys of measure_cuda.h; seconds there are by Path.
-const char* measured_part(Part part);
 // The least seconds that a forward takes on the device of `context`.
 double floor_seconds(const ConvBlockParams& p, const PlanContext& context);
 #endif
 
-// Whether DLFAST_PLAN takes the choice away.
-bool plan_is_forced();
+// Whether DLFAST_PLAN takes the choice away on CUDA.
+bool cuda_plan_is_forced();
 
 // Multiplications and additions of the convolution itself, each one, as they are usually counted.
 double convolution_flops(const ConvParams& conv);

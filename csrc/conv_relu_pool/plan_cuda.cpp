@@ -106,13 +106,15 @@ class Ways {
     c = {.path = path, .flops = 0, .bytes = bytes, .seconds = seconds};
   }
 
-  // Measured seconds of each candidate in place of the predicted ones, as far as there are any.
-  void measured(const std::optional<std::vector<double>>& seconds) {
-    if (!seconds) return;
+  // Measured seconds in place of predicted ones. PyTorch's kernels one by one are measured as a whole block
+  // only (see measure_block.h), and a prediction cannot be compared with these.
+  void measured(double pytorch, double single) {
     measured_ = true;
-    for (int i = 0; i < choice_.count; ++i) {
-      const size_t path = static_cast<size_t>(choice_.candidates[i].path);
-      if (path < seconds->size() && (*seconds)[path] > 0) choice_.candidates[i].seconds = (*seconds)[path];
+    const Choice all = choice_;
+    choice_.count = 0;
+    for (int i = 0; i < all.count; ++i) {
+      const Candidate& c = all.candidates[i];
+      if (c.path != Path::eager) add(c.path, c.bytes, c.path == Path::pytorch ? pytorch : single);
     }
   }
 
@@ -194,12 +196,24 @@ void add_grad_weight(const Problem& q, Ways& ways) {
   }
 }
 
-}  // namespace
-
-const char* measured_part(Part part) {
-  constexpr const char* names[] = {"forward", "grad_input", "grad_weight"};
-  return names[static_cast<int>(part)];
+// What each way of one gradient costs beside the fastest way of the other. Both dense ones share an
+// expansion, which counts with grad_input where that one is dense; so the chosen parts add up to the whole.
+void measured_backward(const BackwardSeconds& s, bool needs_input, Part part, Ways& ways) {
+  const auto cost = [&](bool dense_input, bool dense_weight) {
+    return (dense_input ? s.dense_input : s.own_input) + (dense_weight ? s.dense_weight : s.own_weight) +
+           (dense_input || dense_weight ? s.expand : 0.0);
+  };
+  if (!needs_input) return ways.measured(cost(false, true), cost(false, false));
+  const double dense_input = std::min(cost(true, true), cost(true, false));
+  const double own_input = std::min(cost(false, true), cost(false, false));
+  const double of_input = dense_input <= own_input ? s.dense_input + s.expand : s.own_input;
+  const double of_weight = std::min(dense_input, own_input) - of_input;
+  if (part == Part::grad_input) return ways.measured(dense_input - of_weight, own_input - of_weight);
+  ways.measured(std::min(cost(true, true), cost(false, true)) - of_input,
+                std::min(cost(true, false), cost(false, false)) - of_input);
 }
+
+}  // namespace
 
 Choice plan_cuda(const ConvBlockParams& p, const PlanContext& context, Part part, std::string_view forced) {
   const CudaConv c{.p = p, .dtype = context.dtype, .products = context.products};
@@ -216,8 +230,13 @@ Choice plan_cuda(const ConvBlockParams& p, const PlanContext& context, Part part
       add_grad_weight(problem, ways);
       break;
   }
-  ways.measured(
-      remembered(measurement_key(measured_part(part), c, c10::cuda::current_device(), problem.save_code)));
+  const int device = c10::cuda::current_device();
+  if (part == Part::forward) {
+    if (const auto s = remembered(forward_key(c, device, problem.save_code)))
+      ways.measured(s->at(0), s->at(1));
+  } else if (const auto s = remembered(backward_key(c, device, context.mask))) {
+    measured_backward(BackwardSeconds::of(*s), context.mask[0], part, ways);
+  }
   return ways.choose(forced);
 }
 

@@ -84,6 +84,8 @@ def block_problem(layer: traffic.Layer, dtype: torch.dtype, device: str, compile
     problem.moved = {"forward": traffic.compulsory(layer, item)}
     _add(problem, "dlfast", ours, conv, x, grad)
     for name in PLANS:
+        if name == "single" and not layer.has_single_kernel():
+            continue
         _add(problem, f"dlfast {name}", ours, conv, x, grad, name)
     _add(problem, "PyTorch", plain, conv, x, grad)
     if compile:

@@ -15,6 +15,9 @@ from dlfast.nn.norm import batch_norm_relu_pool2d
 from dlfast.nn.window import Window
 from dlfast.ops import Size2
 
+# Nothing after the convolution itself, whose way the planner chooses all the same.
+CONVOLUTION = Window(activation=None, pool=None)
+
 Self = TypeVar("Self", bound="ConvBNReLUPool2d")
 
 
@@ -216,11 +219,8 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
     def forward(self, input: Tensor) -> Tensor:
         bn = self.bn
         if uses_batch_statistics(bn) or not may_fold(self, bn) or is_exporting():
-            return normalise(bn, self._conv_forward(input, self.weight, self.bias), self.window)
+            return normalise(bn, self._block(input, self.weight, self.bias, CONVOLUTION), self.window)
         weight, bias = Folded.of(self, bn)
-        if self.pool is None:  # nothing is left but PyTorch's convolution, and ReLU on a tensor nobody else has
-            z = self._conv_forward(input, weight, bias)
-            return torch.relu_(z) if self.activation else z
         return self._block(input, weight, bias, self.window)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@
 #include "conv_relu_pool/cpu_grad_weight.h"
 #include "conv_relu_pool/cpu_grad_weight_channels.h"
 #include "conv_relu_pool/cpu_grad_weight_patches.h"
+#include "conv_relu_pool/cpu_winograd_grad_weight.h"
 #include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
 #include "conv_relu_pool/cpu_peak.h"
@@ -41,6 +42,11 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .grad_weight = level::grad_weight,
       .grad_weight_scratch = level::grad_weight_scratch,
       .most_patch_taps = level::kMaxTaps,
+      .weight_bands = level::weight_bands,
+      .weight_tiles = level::weight_tiles,
+      .weight_sources = level::weight_sources,
+      .weight_sources_scratch = level::weight_sources_scratch,
+      .weight_from_sums = level::weight_from_sums,
       .grad_input = level::grad_input,
       .grad_input_scratch = level::grad_input_scratch,
       .to_channels_last = level::to_channels_last,

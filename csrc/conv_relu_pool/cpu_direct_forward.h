@@ -13,25 +13,26 @@ constexpr int kWindows = kLanes == 16 ? 3 : 1;  // 2x2 windows
 
 // weight [K, C, kh, kw] of one group as [block][kh][kw][C][kBlock], zeros beyond K.
 template <typename T>
-void pack_direct_weight(const ConvParams& conv, const T* weight, float* packed) {
+void pack_direct_weight(const ConvParams& conv, const WeightSteps& steps, const T* weight, float* packed) {
   const int64_t channels = conv.group_in(), taps = conv.positions(), outputs = conv.group_out();
   const int64_t blocks = (outputs + kBlock - 1) / kBlock;
-  at::parallel_for(0, blocks, std::max<int64_t>(1, kGrain / (taps * channels * kBlock)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t block = begin; block < end; ++block) {
-                       const int64_t k = block * kBlock, lanes = std::min<int64_t>(kBlock, outputs - k);
-                       float* to = packed + block * taps * channels * kBlock;
-                       if (lanes < kBlock) std::fill_n(to, taps * channels * kBlock, 0.0f);
-                       for (int64_t lane = 0; lane < lanes; ++lane) {
-                         const T* from = weight + (k + lane) * channels * taps;
-                         for (int64_t c = 0; c < channels; ++c) {
-                           for (int64_t t = 0; t < taps; ++t) {
-                             to[(t * channels + c) * kBlock + lane] = static_cast<float>(*from++);
-                           }
-                         }
-                       }
-                     }
-                   });
+  at::parallel_for(
+      0, blocks, std::max<int64_t>(1, kGrain / (taps * channels * kBlock)), [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t k = block * kBlock, lanes = std::min<int64_t>(kBlock, outputs - k);
+          float* to = packed + block * taps * channels * kBlock;
+          if (lanes < kBlock) std::fill_n(to, taps * channels * kBlock, 0.0f);
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            for (int64_t t = 0; t < taps; ++t) {
+              const T* from = weight + (k + lane) * steps.out + t / conv.kernel[1] * steps.kernel[0] +
+                              t % conv.kernel[1] * steps.kernel[1];
+              for (int64_t c = 0; c < channels; ++c) {
+                to[(t * channels + c) * kBlock + lane] = static_cast<float>(from[c * steps.in]);
+              }
+            }
+          }
+        }
+      });
 }
 
 // acc[i] += the convolution at the pixel whose first tap is pixels[i]; VECTORS registers of channels each.

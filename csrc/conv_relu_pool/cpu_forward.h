@@ -127,8 +127,8 @@ struct Forward {
 };
 
 template <typename T>
-bool forward_of(const ConvBlockParams& p, const T* input, const T* weight, const T* bias, T* y, uint8_t* code,
-                float* scratch) {
+bool forward_of(const ConvBlockParams& p, const WeightSteps& steps, const T* input, const T* weight,
+                const T* bias, T* y, uint8_t* code, float* scratch) {
   const Forward<T> forward(p, input, y, code);
   const ForwardScratch& sizes = forward.sizes;
   const int64_t groups = p.conv.groups, outputs = p.conv.group_out();
@@ -136,11 +136,11 @@ bool forward_of(const ConvBlockParams& p, const T* input, const T* weight, const
   float* packed_bias = packed_weight + sizes.weight;
   float* own = packed_bias + sizes.bias;
   for (int64_t group = 0; group < groups; ++group) {
-    const T* from = weight + group * outputs * p.conv.group_in() * p.conv.positions();
+    const T* from = weight + group * steps.group;
     float* to = packed_weight + group * sizes.group_weight;
-    if (p.tile() == 1) pack_direct_weight(p.conv, from, to);
-    if (p.tile() == 2) pack_winograd_weight<2>(p.conv, from, to);
-    if (p.tile() == 4) pack_winograd_weight<4>(p.conv, from, to);
+    if (p.tile() == 1) pack_direct_weight(p.conv, steps, from, to);
+    if (p.tile() == 2) pack_winograd_weight<2>(p.conv, steps, from, to);
+    if (p.tile() == 4) pack_winograd_weight<4>(p.conv, steps, from, to);
     float* group_bias = packed_bias + group * sizes.group_bias;
     std::fill_n(group_bias, sizes.group_bias, 0.0f);
     if (bias != nullptr) convert(bias + group * outputs, outputs, group_bias);
@@ -156,11 +156,11 @@ bool forward_of(const ConvBlockParams& p, const T* input, const T* weight, const
   return finite;
 }
 
-bool forward(const ConvBlockParams& p, Dtype dtype, const void* input, const void* weight, const void* bias,
-             void* y, uint8_t* code, float* scratch) {
+bool forward(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype, const void* input,
+             const void* weight, const void* bias, void* y, uint8_t* code, float* scratch) {
   return dispatch_block(dtype, [&](auto scalar) {
     using T = decltype(scalar);
-    return forward_of(p, static_cast<const T*>(input), static_cast<const T*>(weight),
+    return forward_of(p, steps, static_cast<const T*>(input), static_cast<const T*>(weight),
                       static_cast<const T*>(bias), static_cast<T*>(y), code, scratch);
   });
 }

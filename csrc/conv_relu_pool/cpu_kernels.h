@@ -13,15 +13,22 @@
 
 namespace dlfast {
 
+// Where the numbers of a weight [K, C / groups, kh, kw] lie, in elements; steps may be negative.
+struct WeightSteps {
+  int64_t out, in;    // between channels
+  int64_t kernel[2];  // between rows and columns
+  int64_t group;
+};
+
 struct CpuKernels {
   ReluPoolBackend relu_pool;
   NormKernels norm;
 
-  // weight [K, C / groups, kh, kw] contiguous, bias [K] or null, y and code as in relu_pool.h (code may be
-  // null). scratch holds forward_scratch(p, dtype, threads) floats. False, and the result unusable, where
-  // Winograd's sums are not finite, be it that the true ones are or not; never false for the direct way.
-  bool (*forward)(const ConvBlockParams& p, Dtype dtype, const void* input, const void* weight,
-                  const void* bias, void* y, uint8_t* code, float* scratch);
+  // weight as `steps` say, bias [K] or null, y and code as in relu_pool.h (code may be null). scratch holds
+  // forward_scratch(p, dtype, threads) floats. False, and the result unusable, where Winograd's sums are not
+  // finite, be it that the true ones are or not; never false for the direct way.
+  bool (*forward)(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype, const void* input,
+                  const void* weight, const void* bias, void* y, uint8_t* code, float* scratch);
   int64_t (*forward_scratch)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
 
   // The gradients from a pooled gradient: only the positions that pass gradient are visited. grad_y is
@@ -36,6 +43,18 @@ struct CpuKernels {
                       float* scratch);
   int64_t (*grad_weight_scratch)(const ConvBlockParams& p, bool patches, int64_t threads);
   int64_t most_patch_taps;  // kh * kw * C / groups that `patches` accepts
+
+  // The same by Winograd's method where nothing was pooled, p.winograd being 4. Work is cut into bands. Of
+  // the tiles of bands [first, last) `weight_sources` makes inputs [36, tiles, C] and gradients [36, tiles,
+  // K], of one group; grad_y is channels_last. weight_from_sums takes sums [36, C, K] of their products over
+  // all tiles; false, and the result unusable, where one is not finite.
+  int64_t (*weight_bands)(const ConvBlockParams& p);
+  int64_t (*weight_tiles)(const ConvBlockParams& p, int64_t first, int64_t last);
+  void (*weight_sources)(const ConvBlockParams& p, Dtype dtype, int64_t group, int64_t first, int64_t last,
+                         const void* input, const void* grad_y, float* inputs, float* gradients,
+                         float* scratch);
+  int64_t (*weight_sources_scratch)(const ConvBlockParams& p, int64_t threads);
+  bool (*weight_from_sums)(const ConvBlockParams& p, Dtype dtype, const float* sums, void* grad_weight);
 
   // grad_input in the layout of the pool.
   bool (*grad_input)(const ConvBlockParams& p, Dtype dtype, const void* weight, const void* grad_y,

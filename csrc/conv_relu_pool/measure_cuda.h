@@ -17,11 +17,12 @@ namespace dlfast {
 // torch.compile.
 bool goes_by_measurements(const at::Tensor& tensor);
 
-// Whether somebody watches what runs: by hooks on saved tensors, as checkpointing does, or by a dispatch mode.
+// Whether somebody watches what runs: by hooks on saved tensors, as checkpointing does, or by a dispatch
+// mode.
 bool is_watched();
 
-// Whether more may be measured with a tensor now: nobody watches, who would see every trial, and the stream is
-// not being captured.
+// Whether more may be measured with a tensor now: nobody watches, who would see every trial, and the stream
+// is not being captured.
 bool may_measure(const at::Tensor& tensor);
 
 // How long `work` takes when it runs several times in a row on the current stream, as in a training loop: the

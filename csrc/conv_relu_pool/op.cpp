@@ -73,14 +73,17 @@ std::optional<std::tuple<Tensor, Tensor>> own_forward(ConvBlockParams p, Dtype d
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
   prepare_forward(p, path, threads);
-  const Tensor w = weight.contiguous();
+  const WeightSteps steps{.out = weight.stride(0),
+                          .in = weight.stride(1),
+                          .kernel = {weight.stride(2), weight.stride(3)},
+                          .group = p.conv.group_out() * weight.stride(0)};
   const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
   Tensor output = empty_output(p.pool, input, input.scalar_type());
   Tensor code = empty_code(p.pool, input, save_code);
   if (output.numel() > 0) {
     const Tensor scratch =
         at::empty({kernels.forward_scratch(p, dtype, threads)}, input.options().dtype(at::kFloat));
-    const bool done = kernels.forward(p, dtype, input.const_data_ptr(), w.const_data_ptr(),
+    const bool done = kernels.forward(p, steps, dtype, input.const_data_ptr(), weight.const_data_ptr(),
                                       b.defined() ? b.const_data_ptr() : nullptr, output.data_ptr(),
                                       static_cast<uint8_t*>(code_pointer(code)), scratch.data_ptr<float>());
     if (!done) return std::nullopt;
@@ -197,6 +200,44 @@ bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const SparseGrad
                              scratch.data_ptr<float>());
 }
 
+// grad_weight where nothing was pooled, by Winograd's method: our transforms around PyTorch's matrix
+// products.
+bool winograd_grad_weight(ConvBlockParams p, Dtype dtype, const SparseGradient& gradient, const Tensor& input,
+                          Tensor& grad_weight, Tensor& grad_bias) {
+  constexpr int64_t kElements = 36;  // of a transformed tile
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = at::get_num_threads(), in = p.conv.group_in(), out = p.conv.group_out();
+  prepare_forward(p, Path::winograd4, threads);
+  const int64_t bands = kernels.weight_bands(p);
+  // As many bands at once as the bound on scratch leaves room for, or as stay in cache where those do for a
+  // product to be worth it.
+  const auto room = static_cast<int64_t>(kMostScratchFloats) / 2 * threads;
+  const int64_t per_band = std::max<int64_t>(1, kElements * kernels.weight_tiles(p, 0, 1) * (in + out));
+  const int64_t at_once = std::clamp<int64_t>(room / per_band, 1, bands);
+  const auto options = input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  const Tensor scratch = at::empty({kernels.weight_sources_scratch(p, threads)}, options);
+  for (int64_t group = 0; group < p.conv.groups; ++group) {
+    Tensor sums;  // [36, C, K]
+    for (int64_t first = 0; first < bands; first += at_once) {
+      const int64_t last = std::min(first + at_once, bands), tiles = kernels.weight_tiles(p, first, last);
+      const Tensor inputs = at::empty({kElements, tiles, in}, options);
+      const Tensor gradients = at::empty({kElements, tiles, out}, options);
+      kernels.weight_sources(p, dtype, group, first, last, input.const_data_ptr(),
+                             gradient.grad.const_data_ptr(), inputs.data_ptr<float>(),
+                             gradients.data_ptr<float>(), scratch.data_ptr<float>());
+      if (sums.defined()) {
+        sums.baddbmm_(inputs.transpose(1, 2), gradients);
+      } else {
+        sums = at::bmm(inputs.transpose(1, 2), gradients);
+      }
+    }
+    Tensor part = grad_weight.narrow(0, group * out, out);
+    if (!kernels.weight_from_sums(p, dtype, sums.const_data_ptr<float>(), part.data_ptr())) return false;
+  }
+  grad_bias = gradient.grad.sum({0, 2, 3});
+  return true;
+}
+
 bool own_grad_input(ConvBlockParams p, Dtype dtype, const SparseGradient& gradient, const Tensor& weight,
                     Tensor& grad_input) {
   const CpuKernels& kernels = cpu_kernels();
@@ -219,14 +260,15 @@ bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGrad
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
   const Tensor& grad_z = gradient.grad;
-  const int64_t groups = p.conv.groups;
-  const Tensor turned = weight.contiguous()
-                            .view({groups, p.conv.group_out(), p.conv.group_in(), 3, 3})
-                            .transpose(1, 2)
-                            .reshape({p.conv.in_channels, p.conv.group_out(), 3, 3})
-                            .flip({2, 3})
-                            .contiguous();
   ConvBlockParams q = p;
+  // Turned around: from the last tap to the first, with the channels exchanged.
+  const WeightSteps steps{.out = weight.stride(1),
+                          .in = weight.stride(0),
+                          .kernel = {-weight.stride(2), -weight.stride(3)},
+                          .group = p.conv.group_out() * weight.stride(0)};
+  const int64_t last_tap = 2 * (weight.stride(2) + weight.stride(3));
+  const void* turned =
+      static_cast<const char*>(weight.const_data_ptr()) + last_tap * static_cast<int64_t>(weight.itemsize());
   std::swap(q.conv.in_channels, q.conv.out_channels);
   q.pool.channels = q.conv.out_channels;
   q.pool.activation = Activation::none;
@@ -239,8 +281,8 @@ bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGrad
   prepare_forward(q, Path::winograd4, threads);
   const Tensor scratch =
       at::empty({kernels.forward_scratch(q, dtype, threads)}, weight.options().dtype(at::kFloat));
-  return kernels.forward(q, dtype, grad_z.const_data_ptr(), turned.const_data_ptr(), nullptr,
-                         grad_input.data_ptr(), nullptr, scratch.data_ptr<float>());
+  return kernels.forward(q, steps, dtype, grad_z.const_data_ptr(), turned, nullptr, grad_input.data_ptr(),
+                         nullptr, scratch.data_ptr<float>());
 }
 
 using Mask = std::array<bool, 3>;  // of grad_input, grad_weight, grad_bias
@@ -302,7 +344,10 @@ Gradients cpu_backward(const Backward& b, const PlanContext& context, Mask mask)
   if (weight_path != Path::pytorch) {
     Tensor own_weight = at::empty(b.weight.sizes(), b.weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, b.weight.options());
-    if (own_grad_weight(p, b.dtype, weight_path, gradient, b.input, own_weight, own_bias)) {
+    const bool done = weight_path == Path::winograd4
+                          ? winograd_grad_weight(p, b.dtype, gradient, b.input, own_weight, own_bias)
+                          : own_grad_weight(p, b.dtype, weight_path, gradient, b.input, own_weight, own_bias);
+    if (done) {
       grad_weight = own_weight;
       if (mask[2]) grad_bias = own_bias;
       mask[1] = mask[2] = false;

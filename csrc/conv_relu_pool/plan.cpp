@@ -18,8 +18,9 @@ constexpr double kPyTorchFewChannels = 0.25;  // the same with fewer than kFew i
 constexpr int64_t kFew = 8;
 constexpr double kPyTorch16BitSpeed = 0.15;  // without instructions for them
 constexpr double kDirectSpeed = 0.75;
-constexpr double kWinogradSpeed = 0.62;   // of its matrix products
-constexpr double kTransformFlops = 24.0;  // per element of a transformed tile, in or out
+constexpr double kWinogradSpeed = 0.62;       // of its matrix products
+constexpr double kTransformFlops = 24.0;      // per element of a transformed tile, in or out
+constexpr double kWeightProductSpeed = 0.75;  // of PyTorch's matrix products between transformed tiles
 constexpr double kSparseSpeed = 0.55;
 constexpr double kListFlops = 160.0;  // per position of the pooled gradient, to list it
 constexpr double kGatherFlops = 4.0;  // per number of a patch
@@ -254,7 +255,21 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
     b.ways.add(Path::patches, (2.0 * b.live * patch / kSparseSpeed + gathered) / level_speed() + b.listing,
                b.own_bytes);
   }
-  if (b.forced != "") b.ways.force(b.ways.has(Path::patches) ? Path::patches : Path::sparse);
+  if (p.pool.pool == Pool::none && accepts_forward(p, 4, context)) {
+    const double elements = 36.0 / 16.0 * round_up(static_cast<double>(p.conv.output_size[0]), 4) *
+                            round_up(static_cast<double>(p.conv.output_size[1]), 4) *
+                            static_cast<double>(p.conv.batch) * s.groups;
+    const double sums = 36.0 * s.groups * s.in * s.out;
+    b.ways.add(Path::winograd4,
+               2.0 * elements * s.in * s.out / kWeightProductSpeed +
+                   (elements + sums / s.out) * (s.in + s.out) * kTransformFlops / level_speed() +
+                   2 * kPyTorchCall * b.threads,
+               b.own_bytes + 2.0 * 4.0 * (elements * (s.in + s.out) + sums));
+  }
+  const bool tiles = b.forced == "winograd4" && b.ways.has(Path::winograd4);
+  if (b.forced != "") {
+    b.ways.force(tiles ? Path::winograd4 : b.ways.has(Path::patches) ? Path::patches : Path::sparse);
+  }
   return b.ways.choice();
 }
 

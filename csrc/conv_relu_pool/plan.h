@@ -18,7 +18,8 @@ enum class Path {
               // backward: one pass of ours expands the gradient, then PyTorch's convolution_backward
   direct,     // forward: our kernels, the convolution output is never written
   winograd2,  // the same by Winograd's method, in tiles of 2x2 outputs
-  winograd4,  // in tiles of 4x4 outputs; for grad_input the convolution of the gradient
+  winograd4,  // in tiles of 4x4 outputs; for grad_input the convolution of the gradient, for grad_weight its
+              // transpose
   sparse,     // backward: our kernels, what passes no gradient is skipped
   patches,    // the same for few input channels, grad_weight only
   single,     // CUDA: one kernel of ours, neither the convolution output nor its gradient is written

@@ -130,6 +130,27 @@ def plain_step(
         member.step += 1
 
 
+@torch.no_grad()
+def move_averages(members: list[Member], decay: float, skipped: bool | Tensor) -> None:
+    """The averages of parameters that a step left alone: they go on towards the weights.
+
+    `skipped` is a tensor where only the device knows whether the step was taken.
+    """
+    pairs = [(m.state("ema"), m) for m in members]
+    averages = [average for average, _ in pairs if average is not None]
+    weights = [
+        m.param.to(average.dtype) if m.master is None else _exact_param(m, average.dtype)
+        for average, m in pairs
+        if average is not None
+    ]
+    if not isinstance(skipped, Tensor):
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        return
+    for average, weight in zip(averages, weights, strict=True):
+        stays = skipped.to(average.device, non_blocking=True) != 0
+        average.copy_(torch.where(stays, average, average.lerp(weight, 1 - decay)))
+
+
 def _random(member: Member, slot: int, options: PlainOptions) -> Tensor:
     """16 bits per element, of the parameter's shape."""
     p = member.param

@@ -54,12 +54,14 @@ def refuse_under_capture(what: str) -> None:
 
 
 class Prepared:
-    """How the step of one set of parameters is taken, as long as the groups ask for the same states."""
+    """How the step of one set of parameters is taken, as long as the groups are the same and ask for the same."""
 
-    def __init__(self, asked: list[Any]) -> None:
+    def __init__(self, asked: list[Any], lists: list[list[Tensor]]) -> None:
         self.asked = asked
+        self.lists = lists  # of parameters, one a group; a plan looks into them
         self.buckets: list[Bucket] = []
         self.plain: list[Member] = []
+        self.idle: list[Member] = []  # have no gradient, but an average that moves with every step
 
     def alone(self) -> Bucket | None:
         """The bucket that is the whole step, if one is, and nothing of it lies elsewhere."""
@@ -129,14 +131,14 @@ class Preparing(Checkpoint):
                 new.append((m.key, m.entry))
         if new and any(p.is_cuda for p, _ in new):
             refuse_under_capture("states")
-        prepared = Prepared(self._asked())
+        lists = [group["params"] for group in self.param_groups]
+        prepared = Prepared(self._asked(), lists)
         prepared.plain = [m for m in members if not m.native]
         buckets: dict[Any, list[Member]] = {}
         for m in members:
             if m.native:
                 dtype = m.param.dtype if m.param.device.type == "cuda" else None
                 buckets.setdefault((m.param.device, dtype, *sharded_over(m.key)), []).append(m)
-        lists = [group["params"] for group in self.param_groups] if only is None else []
         extras = self._extras
         for (device, _, mesh, dims), bucket in buckets.items():
             items = [
@@ -148,13 +150,26 @@ class Preparing(Checkpoint):
                 for m in bucket
             ]
             assert native.module is not None
-            plan = native.module.Plan(self._algorithm, items, lists, idle)
+            without = [m.key for m in idle]
+            plan = native.module.Plan(self._algorithm, items, lists if only is None else [], without)
             prepared.buckets.append(Bucket(plan, bucket, device, mesh, dims))
+        if members and only is None and extras.ema_decay is not None:
+            prepared.idle = [m for m in idle if "ema" in (self.state.get(m.key) or {})]
         return prepared
 
     def _asked(self) -> list[Any]:
         """What of the groups' options decides how a step is prepared."""
         return [(self._names(group), group.get("fused"), group.get("capturable")) for group in self.param_groups]
+
+    def _is_current(self, prepared: Prepared) -> bool:
+        """Whether the groups are those that `prepared` was made for; its plans know whether their tensors are."""
+        groups, lists = self.param_groups, prepared.lists
+        if len(groups) != len(lists) or prepared.asked != self._asked():
+            return False
+        for i, group in enumerate(groups):
+            if group["params"] is not lists[i]:
+                return False
+        return True
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
         try:
@@ -162,9 +177,10 @@ class Preparing(Checkpoint):
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{index}]: {error}") from None
 
-    def _gather(self, only: Tensor | None) -> tuple[list[Member], list[Tensor]]:
-        """Members without their states, and the parameters that have no gradient."""
-        members, idle = [], []
+    def _gather(self, only: Tensor | None) -> tuple[list[Member], list[Member]]:
+        """Members without their states, and those that have no gradient."""
+        members: list[Member] = []
+        idle: list[Member] = []
         devices = native_devices()
         number = -1
         for index, group in enumerate(self.param_groups):
@@ -174,29 +190,41 @@ class Preparing(Checkpoint):
                 number += 1
                 if only is not None and p is not only:
                     continue
-                grad = p.grad
+                grad, local = p.grad, local_of(p)
                 if grad is None:
-                    idle.append(p)
+                    idle.append(Member(p, local, index, number, False, {}, ()))
                     continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{self._name(index, i)} has a sparse gradient (layout {grad.layout}), which "
-                        f"dlfast.optim.{type(self).__name__} does not support"
-                    )
-                distributed = is_dtensor(p)
-                if distributed:
+                if is_dtensor(p):
                     self._check_distributed(p, grad, index, i)
-                local = local_of(p)
+                local_grad = local_of(grad)
+                self._check_grad(local, local_grad, index, i)
                 is_native = (
                     wants_native
                     and local.device.type in devices
                     and runs_on(local.device)
                     and local.dtype in NATIVE_DTYPES
-                    and (distributed or type(p) in PLAIN_TYPES)
-                    and (distributed or type(grad) in PLAIN_TYPES)
+                    and local_grad.dtype is local.dtype
+                    and type(local) in PLAIN_TYPES
+                    and type(local_grad) in PLAIN_TYPES
                 )
                 members.append(Member(p, local, index, number, is_native, {}, names))
         return members, idle
+
+    def _check_grad(self, p: Tensor, grad: Tensor, group: int, i: int) -> None:
+        """autograd gives a gradient that fits; a parameter may have been changed through ``.data`` since."""
+        name = self._name(group, i)
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{name} has a sparse gradient (layout {grad.layout}), which "
+                f"dlfast.optim.{type(self).__name__} does not support"
+            )
+        if grad.shape != p.shape or grad.device != p.device:
+            raise RuntimeError(
+                f"the gradient of {name} has shape {tuple(grad.shape)} and is on {grad.device}; "
+                f"it must have shape {tuple(p.shape)} and be on {p.device}, as the parameter"
+            )
+        if not grad.dtype.is_floating_point:
+            raise RuntimeError(f"the gradient of {name} has dtype {grad.dtype}; it must be of floating-point numbers")
 
     def _check_distributed(self, p: Tensor, grad: Tensor, group: int, i: int) -> None:
         name = self._name(group, i)

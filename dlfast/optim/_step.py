@@ -19,7 +19,7 @@ from torch.optim import optimizer as optimizer_module
 
 from dlfast._native import native
 from dlfast.optim._device import Kept, OnDevice
-from dlfast.optim._members import PlainOptions, plain_step, sharded_over, unscaled
+from dlfast.optim._members import PlainOptions, move_averages, plain_step, sharded_over, unscaled
 from dlfast.optim._options import Extras, extra_option
 from dlfast.optim._prepare import Bucket, Prepared
 from dlfast.optim._traced import register, traced_step
@@ -105,18 +105,18 @@ class FusedStep(OnDevice):
             raise RuntimeError("swapped_ema needs an average: construct the optimizer with ema_decay=")
         if self._swapped:
             raise RuntimeError("the averages are swapped in already")
-        with torch.no_grad():
-            kept = [(p, p.detach().clone(), entry["ema"]) for p, entry in self.state.items() if "ema" in entry]
-            for p, _, average in kept:
-                p.copy_(average)
-            self._swapped = True
-            try:
-                with torch.enable_grad():
-                    yield
-            finally:
+        kept = [(p, p.detach().clone(), entry["ema"]) for p, entry in self.state.items() if "ema" in entry]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for p, _, average in kept:
+                    p.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
                 for p, weights, _ in kept:
                     p.copy_(weights)
-                self._swapped = False
+            self._swapped = False
 
     # ---- One step -----------------------------------------------------------------------------------------
 
@@ -174,14 +174,19 @@ class FusedStep(OnDevice):
         scale: Tensor | None = values.get("grad_scale")
         found_inf: Tensor | None = values.get("found_inf")
         prepared = self._prepared.get(only)
-        if prepared is None or prepared.asked != self._asked() or self._norm_is_shared():
+        if prepared is None or not self._is_current(prepared) or self._norm_is_shared():
             done = False
         elif (bucket := prepared.alone()) is not None and bucket.device.type == "cpu":
             done = self._run_alone(bucket, only, scale, found_inf)
         else:
             done = not prepared.on_host() and self._run_on_device(prepared, scale, found_inf)
         if not done:
-            self._step_slowly(only, scale, found_inf)
+            prepared = self._step_slowly(only, scale, found_inf)
+        assert prepared is not None
+        if prepared.idle and self._skipped is not True:
+            for m in prepared.idle:
+                m.entry = self.state.get(m.key) or {}
+            move_averages(prepared.idle, self._extras.ema_decay or 0.0, self._skipped)
 
     def _run_alone(self, bucket: Bucket, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """The step of one plan on the CPU; False, before anything has changed, where it no longer holds."""
@@ -234,21 +239,19 @@ class FusedStep(OnDevice):
                             p.grad.zero_()
 
     @torch.no_grad()
-    def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> Prepared:
         """The step of tensors that no plan knows, or that several engines share."""
-        prepared = self._prepared.pop(only, None)
+        kept = prepared = self._prepared.pop(only, None)
         new: list[tuple[Tensor, dict[str, Any]]] = []
         # All are asked before any is run: nothing is half done.
-        if (
-            prepared is None
-            or prepared.asked != self._asked()
-            or not all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets)
-        ):
+        if prepared is None or not self._is_current(prepared) or not self._hold(prepared):
             prepared = self._prepare(only, new)
             self.state.update(new)
             self._all_states = self._list_states()
         skipped = True
         try:
+            if prepared is not kept and not self._hold(prepared):
+                raise RuntimeError("a parameter, gradient or state changed while the step was being prepared")
             skipped = self._run(prepared, scale, found_inf)
         finally:
             if skipped:  # or failed: as if the new states had never been
@@ -256,8 +259,13 @@ class FusedStep(OnDevice):
                     del self.state[p]
         if skipped:
             self._skip(only)
-        elif not prepared.plain:
+        elif prepared.buckets and not prepared.plain:  # else no plan would notice new gradients
             self._prepared[only] = prepared
+        return prepared
+
+    def _hold(self, prepared: Prepared) -> bool:
+        """Whether every plan still takes the parameters, gradients and states that are there."""
+        return all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets)
 
     def _run(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Take the step; whether it was skipped, where the host knows."""

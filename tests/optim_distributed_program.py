@@ -1,5 +1,7 @@
 """Run by test_optim_distributed.py in two gloo processes: ``python optim_distributed_program.py RANK FILE CASE``."""
 
+import copy
+import pickle
 import sys
 
 import pytest
@@ -91,6 +93,7 @@ def zero_norm(rank):
             opt.step()
             torch.testing.assert_close(opt.optim.grad_norm, norm, rtol=1e-4, atol=0)
         check(model.parameters(), expected)
+        copies_measure_all(opt, rank)
         before = [p.detach().clone() for p in model.parameters()]
         for o in (opt, plain):
             o.optim.grad_scale = torch.tensor(2.0)
@@ -117,6 +120,18 @@ def zero_norm(rank):
         ZeroRedundancyOptimizer([lonely], optimizer_class=dlfast.optim.SGD, lr=1.0, zero_grad_after_step=True)
     with pytest.raises(RuntimeError, match="zero_grad_after_step"):
         opt.optim.zero_grad_after_step = True
+
+
+def copies_measure_all(opt, rank):
+    """A copy of the local optimizer takes the norm over both processes, too, and says that it cannot be pickled."""
+    held = opt.optim.param_groups[0]["params"]
+    params, copied = copy.deepcopy((held, opt.optim))
+    for p, q in zip(params, held, strict=True):
+        p.grad = q.grad.clone()
+    copied.step()
+    torch.testing.assert_close(copied.grad_norm, opt.optim.grad_norm, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"save state_dict\(\)"):
+        pickle.dumps(opt.optim)
 
 
 def sharded(model):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,28 +154,33 @@ class SGD(FusedStep, torch.optim.SGD):
             maximize=group["maximize"],
         )
 
-    def _forget_unstarted(self) -> None:
-        """Buffers made for a step that only the device knew to be skipped."""
-        counters = self._counters()
-        for p, step in list(counters.items()):
-            if step.item() != 0:
-                continue
-            del counters[p]
-            entry = self.state.get(p, {})
-            for name in ("momentum_buffer", "momentum_buffer_scale"):
-                entry.pop(name, None)
-            if not entry:
-                self.state.pop(p, None)
+    @contextmanager
+    def _only_started(self) -> Iterator[None]:
+        """Within, `state` is without the buffers made for a step that only the device knew to be skipped.
+
+        A captured graph goes on writing them: the optimizer has to keep them.
+        """
+        whole = self.state
+        self.state = defaultdict(dict, whole)
+        for p, step in self._counters().items():
+            if step.item() == 0:
+                entry = self.state.pop(p, {})
+                rest = {name: value for name, value in entry.items() if not name.startswith("momentum_buffer")}
+                self.state.update({p: rest} if rest else {})
+        try:
+            yield
+        finally:
+            self.state = whole
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state in the layout of ``torch.optim.SGD``."""
-        self._forget_unstarted()
-        return super().state_dict()
+        with self._only_started():
+            return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._forget_unstarted()
-        return super().__getstate__()
+        with self._only_started():
+            return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -131,14 +131,14 @@ def in_backward(rank):
         x = next(batches(rank))[0]
         if wrapped_first:
             model = nn.parallel.DistributedDataParallel(inner)
-            with pytest.raises(RuntimeError, match="DistributedDataParallel.*call step"):
+            with pytest.raises(RuntimeError, match=r"DistributedDataParallel.*call step"):
                 dlfast.optim.step_in_backward(opt)
             loss_of(model, x).backward()
             assert all(p.grad is not None for p in inner.parameters())  # no hook was left behind
         else:
             handle = dlfast.optim.step_in_backward(opt)
             model = nn.parallel.DistributedDataParallel(inner)
-            with pytest.raises(RuntimeError, match="DistributedDataParallel.*call step"):
+            with pytest.raises(RuntimeError, match=r"DistributedDataParallel.*call step"):
                 loss_of(model, x).backward()
             handle.remove()
         assert all(torch.equal(p, q) for p, q in zip(inner.parameters(), before, strict=True))

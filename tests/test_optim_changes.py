@@ -142,6 +142,6 @@ def test_states_on_another_device_are_refused_before_anything_changes():
     bad.grad = torch.ones_like(bad)
     opt = dlfast.optim.SGD([("good", good), ("bad", bad)], lr=1.0, momentum=0.9)
     opt.state[bad]["momentum_buffer"] = torch.ones(3)
-    with pytest.raises(RuntimeError, match="momentum_buffer of parameter 'bad' .* is on cpu; it must .*on meta"):
+    with pytest.raises(RuntimeError, match=r"momentum_buffer of parameter 'bad' .* is on cpu; it must .*on meta"):
         opt.step()
     assert torch.equal(good, torch.ones(3))

@@ -104,7 +104,7 @@ def saved_and_fresh(dtype):
         (lambda e: e.update(step=None), "lacks step of parameter 2"),
         (lambda e: e.update(ema=2.0), "ema in the state_dict must be a tensor for parameter 2.*got float"),
         (lambda e: e.update(exp_avg_scale=torch.ones(3)), "exp_avg_scale in the state_dict has shape"),
-        (lambda e: e.update(master_low=torch.zeros(1100)), r"holds master_low of torch.float32 for .* and takes master_"),
+        (lambda e: e.update(master_low=torch.zeros(1100)), r"holds master_low of torch.float32 .* takes master_"),
         (lambda e: e.update(master_param=torch.zeros(1100).double()), "holds master_param of torch.float64"),
     ],
 )  # fmt: skip

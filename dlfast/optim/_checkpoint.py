@@ -191,7 +191,7 @@ class Checkpoint(torch.optim.Optimizer):
                     "to take them"
                 )
             if name.startswith("master") and (name, value.dtype) != MASTERS.get(p.dtype):
-                takes = "{0} of {1}".format(*MASTERS[p.dtype]) if p.dtype in MASTERS else "no master weights"
+                takes = " of ".join(map(str, MASTERS.get(p.dtype, ("no master weights",))))
                 raise ValueError(
                     f"the state_dict holds {name} of {value.dtype} for {where}, which is {p.dtype} and takes {takes}"
                 )

@@ -49,7 +49,7 @@ class Extras:
     Raises:
         ValueError: a number is out of range or NaN, `state_dtype` is none of these, or both `master_weights`
             and `stochastic_rounding` are asked for.
-        TypeError: a value has the wrong type, or a keyword is unknown.
+        TypeError: a value has the wrong type (a tensor among them), or a keyword is unknown.
 
     >>> Extras(ema_decay=1.5)
     Traceback (most recent call last):
@@ -93,6 +93,11 @@ class Extras:
         if name not in CHANGEABLE:
             raise AttributeError(f"{name} is chosen when the optimizer is made and cannot be changed")
         if value is not None and name != "zero_grad_after_step":
+            if isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} must be a number, got a tensor: what is written to it later would not be seen; "
+                    f"set optimizer.{name} instead"
+                )
             check_number(name, value, below=1 if name == "ema_decay" else None)
 
 
@@ -118,15 +123,30 @@ def extra_option(name: str) -> Any:
 CHANGEABLE = ("max_grad_norm", "max_grad_value", "ema_decay", "zero_grad_after_step")
 
 
-def check_number(name: str, value: Any, *, below: float | None = None) -> None:
-    """Refuse `value` unless it is a number, or a tensor of one, in [0, `below`)."""
+def is_unknown(value: Any) -> bool:
+    """Whether only a device knows the number: to look at it would wait, and is refused under capture."""
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def may_be_nonzero(value: Any) -> bool:
+    """Whether a step has to reckon with a number other than 0."""
+    return is_unknown(value) or bool(value != 0)
+
+
+def check_is_number(name: str, value: Any) -> None:
+    """Refuse `value` unless it is a number or a tensor of one."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 1-element tensor, got shape {tuple(value.shape)}")
-        if value.is_cuda:
-            return  # to look at it would wait for the device
     elif not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 1-element tensor, got {type(value).__name__}")
+
+
+def check_number(name: str, value: Any, *, below: float | None = None) -> None:
+    """Refuse `value` unless it is a number, or a tensor of one, in [0, `below`)."""
+    check_is_number(name, value)
+    if is_unknown(value):
+        return
     number = float(value)
     # Written so that NaN fails too.
     if not (number >= 0 if below is None else 0 <= number < below):

@@ -58,7 +58,7 @@ class Prepared:
 
     def __init__(self, asked: list[Any], lists: list[list[Tensor]]) -> None:
         self.asked = asked
-        self.lists = lists  # of parameters, one a group; a plan looks into them
+        self.lists = lists  # of parameters, one a group: kept, so that no other list takes their ids
         self.buckets: list[Bucket] = []
         self.plain: list[Member] = []
         self.idle: list[Member] = []  # have no gradient, but an average that moves with every step
@@ -158,18 +158,11 @@ class Preparing(Checkpoint):
         return prepared
 
     def _asked(self) -> list[Any]:
-        """What of the groups' options decides how a step is prepared."""
-        return [(self._names(group), group.get("fused"), group.get("capturable")) for group in self.param_groups]
-
-    def _is_current(self, prepared: Prepared) -> bool:
-        """Whether the groups are those that `prepared` was made for; its plans know whether their tensors are."""
-        groups, lists = self.param_groups, prepared.lists
-        if len(groups) != len(lists) or prepared.asked != self._asked():
-            return False
-        for i, group in enumerate(groups):
-            if group["params"] is not lists[i]:
-                return False
-        return True
+        """What of the groups decides how a step is prepared; plans look into the lists of parameters."""
+        return [
+            (self._names(group), group.get("fused"), group.get("capturable"), id(group["params"]))
+            for group in self.param_groups
+        ]
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
         try:

@@ -174,7 +174,7 @@ class FusedStep(OnDevice):
         scale: Tensor | None = values.get("grad_scale")
         found_inf: Tensor | None = values.get("found_inf")
         prepared = self._prepared.get(only)
-        if prepared is None or not self._is_current(prepared) or self._norm_is_shared():
+        if prepared is None or prepared.asked != self._asked() or self._norm_is_shared():
             done = False
         elif (bucket := prepared.alone()) is not None and bucket.device.type == "cpu":
             done = self._run_alone(bucket, only, scale, found_inf)
@@ -244,7 +244,7 @@ class FusedStep(OnDevice):
         kept = prepared = self._prepared.pop(only, None)
         new: list[tuple[Tensor, dict[str, Any]]] = []
         # All are asked before any is run: nothing is half done.
-        if prepared is None or not self._is_current(prepared) or not self._hold(prepared):
+        if prepared is None or prepared.asked != self._asked() or not self._hold(prepared):
             prepared = self._prepare(only, new)
             self.state.update(new)
             self._all_states = self._list_states()

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
-from dlfast.optim._options import check_number
+from dlfast.optim._options import check_is_number, check_number, is_unknown, may_be_nonzero
 from dlfast.optim._step import FusedStep
 
 if TYPE_CHECKING:
@@ -103,13 +103,14 @@ class SGD(FusedStep, torch.optim.SGD):
         check_number("lr", options["lr"])
         check_number("momentum", options["momentum"])
         check_number("weight_decay", options["weight_decay"])
-        dampening = float(options["dampening"])
-        if dampening != dampening:
+        momentum, dampening = options["momentum"], options["dampening"]
+        check_is_number("dampening", dampening)
+        if not is_unknown(dampening) and dampening != dampening:
             raise ValueError("dampening must be a number, got nan")
-        if options["nesterov"] and (options["momentum"] <= 0 or dampening != 0):
+        is_damped = not is_unknown(dampening) and dampening != 0
+        if options["nesterov"] and (is_damped or not may_be_nonzero(momentum)):
             raise ValueError(
-                "nesterov needs a momentum above 0 and dampening 0, got "
-                f"momentum={options['momentum']}, dampening={options['dampening']}"
+                f"nesterov needs a momentum above 0 and dampening 0, got momentum={momentum}, dampening={dampening}"
             )
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -119,12 +120,12 @@ class SGD(FusedStep, torch.optim.SGD):
         )  # fmt: skip
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+        return ("momentum_buffer",) if may_be_nonzero(group["momentum"]) else ()
 
     # How many steps each momentum buffer has taken: the first gradient enters undamped. torch's state_dict has
     # no place for it, and needs none: a buffer in it has taken a step.
     def _counter(self, p: Tensor, entry: dict[str, Any], group: dict[str, Any], device: torch.device) -> Tensor | None:
-        if group["momentum"] == 0:
+        if not may_be_nonzero(group["momentum"]):
             return None
         counters = self._counters()
         step = counters.get(p)

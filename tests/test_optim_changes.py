@@ -145,3 +145,22 @@ def test_states_on_another_device_are_refused_before_anything_changes():
     with pytest.raises(RuntimeError, match=r"momentum_buffer of parameter 'bad' .* is on cpu; it must .*on meta"):
         opt.step()
     assert torch.equal(good, torch.ones(3))
+
+
+@engines
+def test_what_the_user_writes_beside_a_master(fused):
+    """bfloat16 keeps it, to half a unit; float16 has to be told."""
+    for dtype, told, expected in (
+        (torch.bfloat16, False, 7.0),
+        (torch.float16, False, -1.0),
+        (torch.float16, True, 7.0),
+    ):
+        p = parameter(dtype=dtype)
+        opt = dlfast.optim.SGD([p], lr=1.0, master_weights=True, fused=fused)
+        opt.step()
+        with torch.no_grad():
+            p.fill_(8.0)
+        if told:
+            del opt.state[p]["master_param"]
+        opt.step()
+        assert torch.equal(p.detach().float(), torch.full((3,), expected))

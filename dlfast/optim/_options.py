@@ -36,12 +36,14 @@ class Extras:
             ``optimizer.grad_norm``.
         max_grad_value: gradients are clipped to [-value, value], before the norm is taken.
         ema_decay: keep a moving average of the weights, ``ema = decay * ema + (1 - decay) * weight``, in
-            float32 (float64 of float64). It starts as a copy of the weights before the first step.
+            float32 (float64 of float64). It starts as a copy of the weights before the first step with a
+            gradient of theirs, and moves with every further step, with or without one.
         state_dtype: number format of the states of float32 and 16-bit parameters: ``torch.float32``;
             ``torch.bfloat16``, rounded stochastically; ``"int8"``, one byte per number and a float32 scale per
             256 numbers; None keeps the parameter's own dtype.
         master_weights: 16-bit parameters are updated in float32, of which they are the rounded value. For
-            bfloat16 only the lower halves of the float32 numbers are kept beside the parameters.
+            bfloat16 only the lower halves of the float32 numbers are kept beside the parameters; for float16 the
+            whole numbers are, which the next step writes over whatever else was written to a parameter.
         stochastic_rounding: 16-bit parameters are rounded up or down at random, in proportion, so that small
             updates are not lost. The random numbers follow from ``torch.initial_seed()`` at construction.
         zero_grad_after_step: gradients are set to zero once they were used, also by a skipped step.

@@ -85,6 +85,8 @@ class FusedStep(OnDevice):
     def swapped_ema(self) -> Iterator[None]:
         """Within the block the parameters hold their moving average; afterwards they are back.
 
+        Gradients are on or off within as they were before.
+
         Raises:
             RuntimeError: the optimizer keeps no average, or they are swapped already; :meth:`step` within
                 the block.
@@ -130,8 +132,8 @@ class FusedStep(OnDevice):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: for a sparse gradient, and for a parameter that overlaps itself in memory; nothing
-                has been changed then.
+            RuntimeError: for a gradient that is sparse or of another shape or device than its parameter, and for
+                a parameter that overlaps itself in memory; nothing has been changed then.
             ValueError: a hyper-parameter has become invalid; nothing has been changed then.
         """
         if torch.compiler.is_dynamo_compiling() and self._traceable and not self._has_hooks():

@@ -163,12 +163,20 @@ def test_steps_are_taken_as_old_checkpoints_have_them(name, step):
     same(opt, other)
 
 
-def test_what_is_of_no_parameter_comes_back_as_it_was():
-    """As torch.optim keeps it."""
-    opt = dlfast.optim.SGD(parameters(), momentum=0.9)
-    saved = opt.state_dict()
-    saved["state"]["of_another"] = {"buffer": torch.arange(3), "note": "kept"}
+@by_name
+def test_what_is_of_no_parameter_comes_back_as_it_was(name):
+    """As torch.optim keeps it, also where it comes first."""
+    params = parameters()
+    opt = make(name, params, ema_decay=0.5)
+    set_grads(torch.Generator().manual_seed(3), params)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"] = {"of_another": {"buffer": torch.arange(3), "note": "kept"}, "count": 3, **saved["state"]}
     opt.load_state_dict(saved)
+    assert opt.state_dict()["state"]["count"] == 3
     kept = opt.state_dict()["state"]["of_another"]
     assert torch.equal(kept["buffer"], torch.arange(3))
     assert kept["note"] == "kept"
+    opt.step()
+    with opt.swapped_ema():
+        pass

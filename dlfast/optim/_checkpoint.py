@@ -7,6 +7,7 @@ that names it and carries the seed of random rounding.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,16 +104,20 @@ class Checkpoint(torch.optim.Optimizer):
         return {**super().__getstate__(), **kept, "_random_step": self._random_steps_taken()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        loose: dict[Any, Any] = {}
         random: tuple[int, int] | None = None
         if "_extras" in state:  # a copy of a whole optimizer, not a state_dict
             self._set_extras({})
         else:
             self._check_loaded(state)
+            # What is of no parameter is kept as it is, but not shown to torch.optim, which may look for steps there.
+            loose = {k: _unshielded(v) for k, v in state["state"].items() if not isinstance(k, Tensor)}
             random = self._adopt(state)
         super().__setstate__(state)
+        self.state.update(loose)
         if random is not None:
-            self._seed = random[0]
-            self._set_random_steps(random[1])
+            self._seed, count = random
+            self._set_random_steps(count)
         self._prepared = {}
         self._checked = []
         self._list_params()
@@ -207,9 +212,8 @@ class Checkpoint(torch.optim.Optimizer):
             format_ = group.pop(FORMAT, {})
             if "seed" in format_:
                 random = int(format_["seed"]), int(format_["random_step"])
-        for p, entry in list(state["state"].items()):
-            # torch.optim keeps what is of no parameter as it is.
-            state["state"][p] = dict(self._adopted(p, entry)) if isinstance(p, Tensor) else _unshielded(entry)
+        adopted = {p: dict(self._adopted(p, v)) for p, v in state["state"].items() if isinstance(p, Tensor) and v}
+        state["state"] = defaultdict(dict, adopted)
         return random
 
     def _adopted(self, p: Tensor, entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -131,24 +131,24 @@ def plain_step(
 
 
 @torch.no_grad()
-def move_averages(members: list[Member], decay: float, skipped: bool | Tensor) -> None:
-    """The averages of parameters that a step left alone: they go on towards the weights.
+def move_averages(params: list[Tensor], entries: Any, decay: float, skipped: bool | Tensor) -> None:
+    """The averages in `entries`, an optimizer's state, of parameters that a step left alone: on to the weights.
 
     `skipped` is a tensor where only the device knows whether the step was taken.
     """
-    pairs = [(m.state("ema"), m) for m in members]
-    averages = [average for average, _ in pairs if average is not None]
-    weights = [
-        m.param.to(average.dtype) if m.master is None else _exact_param(m, average.dtype)
-        for average, m in pairs
-        if average is not None
-    ]
-    if not isinstance(skipped, Tensor):
+    averages, weights = [], []
+    for p in params:
+        m = Member(p, local_of(p), 0, 0, False, entries.get(p) or {}, ())
+        average = m.state("ema")
+        if average is not None:
+            averages.append(average)
+            weights.append(m.param.to(average.dtype) if m.master is None else _exact_param(m, average.dtype))
+    if averages and not isinstance(skipped, Tensor):
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        return
-    for average, weight in zip(averages, weights, strict=True):
-        stays = skipped.to(average.device, non_blocking=True) != 0
-        average.copy_(torch.where(stays, average, average.lerp(weight, 1 - decay)))
+    elif isinstance(skipped, Tensor):
+        for average, weight in zip(averages, weights, strict=True):
+            stays = skipped.to(average.device, non_blocking=True).reshape(()) != 0
+            average.copy_(torch.where(stays, average, average.lerp(weight, 1 - decay)))
 
 
 def _random(member: Member, slot: int, options: PlainOptions) -> Tensor:

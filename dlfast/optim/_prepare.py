@@ -61,7 +61,7 @@ class Prepared:
         self.lists = lists  # of parameters, one a group: kept, so that no other list takes their ids
         self.buckets: list[Bucket] = []
         self.plain: list[Member] = []
-        self.idle: list[Member] = []  # have no gradient, but an average that moves with every step
+        self.idle: list[Tensor] = []  # have no gradient, but an average that moves with every step
 
     def alone(self) -> Bucket | None:
         """The bucket that is the whole step, if one is, and nothing of it lies elsewhere."""
@@ -150,11 +150,10 @@ class Preparing(Checkpoint):
                 for m in bucket
             ]
             assert native.module is not None
-            without = [m.key for m in idle]
-            plan = native.module.Plan(self._algorithm, items, lists if only is None else [], without)
+            plan = native.module.Plan(self._algorithm, items, lists if only is None else [], idle)
             prepared.buckets.append(Bucket(plan, bucket, device, mesh, dims))
         if members and only is None and extras.ema_decay is not None:
-            prepared.idle = [m for m in idle if "ema" in (self.state.get(m.key) or {})]
+            prepared.idle = [p for p in idle if "ema" in (self.state.get(p) or {})]
         return prepared
 
     def _asked(self) -> list[Any]:
@@ -170,10 +169,9 @@ class Preparing(Checkpoint):
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{index}]: {error}") from None
 
-    def _gather(self, only: Tensor | None) -> tuple[list[Member], list[Member]]:
-        """Members without their states, and those that have no gradient."""
-        members: list[Member] = []
-        idle: list[Member] = []
+    def _gather(self, only: Tensor | None) -> tuple[list[Member], list[Tensor]]:
+        """Members without their states, and the parameters that have no gradient."""
+        members, idle = [], []
         devices = native_devices()
         number = -1
         for index, group in enumerate(self.param_groups):
@@ -183,13 +181,13 @@ class Preparing(Checkpoint):
                 number += 1
                 if only is not None and p is not only:
                     continue
-                grad, local = p.grad, local_of(p)
+                grad = p.grad
                 if grad is None:
-                    idle.append(Member(p, local, index, number, False, {}, ()))
+                    idle.append(p)
                     continue
                 if is_dtensor(p):
                     self._check_distributed(p, grad, index, i)
-                local_grad = local_of(grad)
+                local, local_grad = local_of(p), local_of(grad)
                 self._check_grad(local, local_grad, index, i)
                 is_native = (
                     wants_native
@@ -342,7 +340,8 @@ class Preparing(Checkpoint):
 
     def _list_states(self) -> list[Tensor]:
         """All tensors in `state` that a step writes."""
-        return [v for entry in self.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        entries = [entry for p, entry in self.state.items() if isinstance(p, Tensor)]
+        return [v for entry in entries for v in entry.values() if isinstance(v, Tensor)]
 
 
 def _without_gaps(p: Tensor) -> bool:

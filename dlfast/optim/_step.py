@@ -25,6 +25,8 @@ from dlfast.optim._prepare import Bucket, Prepared
 from dlfast.optim._traced import register, traced_step
 from dlfast.optim._zero import refuse_clearing, shards
 
+CHANGED_MEANWHILE = "a parameter, gradient or state changed while the step was being taken"
+
 
 class FusedStep(OnDevice):
     """The machinery of a fused step; see :mod:`dlfast.optim`.
@@ -107,7 +109,8 @@ class FusedStep(OnDevice):
             raise RuntimeError("swapped_ema needs an average: construct the optimizer with ema_decay=")
         if self._swapped:
             raise RuntimeError("the averages are swapped in already")
-        kept = [(p, p.detach().clone(), entry["ema"]) for p, entry in self.state.items() if "ema" in entry]
+        entries = [(p, entry) for p, entry in self.state.items() if isinstance(p, Tensor)]
+        kept = [(p, p.detach().clone(), entry["ema"]) for p, entry in entries if "ema" in entry]
         self._swapped = True
         try:
             with torch.no_grad():
@@ -186,9 +189,7 @@ class FusedStep(OnDevice):
             prepared = self._step_slowly(only, scale, found_inf)
         assert prepared is not None
         if prepared.idle and self._skipped is not True:
-            for m in prepared.idle:
-                m.entry = self.state.get(m.key) or {}
-            move_averages(prepared.idle, self._extras.ema_decay or 0.0, self._skipped)
+            move_averages(prepared.idle, self.state, self._extras.ema_decay or 0.0, self._skipped)
 
     def _run_alone(self, bucket: Bucket, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """The step of one plan on the CPU; False, before anything has changed, where it no longer holds."""
@@ -253,7 +254,7 @@ class FusedStep(OnDevice):
         skipped = True
         try:
             if prepared is not kept and not self._hold(prepared):
-                raise RuntimeError("a parameter, gradient or state changed while the step was being prepared")
+                raise RuntimeError(CHANGED_MEANWHILE)
             skipped = self._run(prepared, scale, found_inf)
         finally:
             if skipped:  # or failed: as if the new states had never been
@@ -275,7 +276,7 @@ class FusedStep(OnDevice):
         shared = self._norm_is_shared()
         if not prepared.on_host() and (prepared.buckets or not shared):
             if not self._run_on_device(prepared, scale, found_inf):
-                raise RuntimeError("a parameter, gradient or state changed while the step was being taken")
+                raise RuntimeError(CHANGED_MEANWHILE)
             return False
         hyper = self._hyper()
         if found_inf is not None and found_inf.item() != 0:
@@ -307,11 +308,11 @@ class FusedStep(OnDevice):
             group = self.param_groups[m.group]
             plain_step(m, self._unsigned, plain_options, lambda *args, group=group: self._plain(group, *args))
         on_cuda = [bucket for bucket in prepared.buckets if bucket.device.type == "cuda"]
-        if on_cuda:
-            self._launch(on_cuda, options, None, None)
+        if on_cuda and not self._launch(on_cuda, options, None, None):
+            raise RuntimeError(CHANGED_MEANWHILE)
         for bucket in prepared.buckets:
-            if bucket.device.type == "cpu":
-                bucket.plan.run(self.state, hyper, options, bucket.grads())
+            if bucket.device.type == "cpu" and bucket.plan.run(self.state, hyper, options, bucket.grads()) is None:
+                raise RuntimeError(CHANGED_MEANWHILE)
         if self._extras.zero_grad_after_step:
             for m in prepared.plain:
                 m.grad.zero_()

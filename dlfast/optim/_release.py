@@ -100,9 +100,9 @@ def _refuse_ddp(params: Iterable[Tensor]) -> None:
         return
     ddp = torch.nn.parallel.DistributedDataParallel
     ids = {id(p) for p in params}
-    for model in (o for o in gc.get_objects() if issubclass(type(o), ddp)):
-        reduced = [*model._module_parameters, *model._delay_all_reduce_params]
-        if any(id(p) in ids for p in reduced):
+    for model in (o for o in gc.get_objects() if ddp in type(o).__mro__):
+        lists = (vars(model).get(name, ()) for name in ("_module_parameters", "_delay_all_reduce_params"))
+        if any(id(p) in ids for reduced in lists for p in reduced):
             raise RuntimeError(
                 "step_in_backward: the parameters are of a DistributedDataParallel, which averages gradients only "
                 "after each of them was there: every process would step with its own; call step() after backward"

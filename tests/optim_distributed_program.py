@@ -1,5 +1,7 @@
 """Run by test_optim_distributed.py in two gloo processes: ``python optim_distributed_program.py RANK FILE CASE``."""
 
+import copy
+import pickle
 import sys
 
 import pytest
@@ -91,6 +93,7 @@ def zero_norm(rank):
             opt.step()
             torch.testing.assert_close(opt.optim.grad_norm, norm, rtol=1e-4, atol=0)
         check(model.parameters(), expected)
+        copies_measure_all(opt, rank)
         before = [p.detach().clone() for p in model.parameters()]
         for o in (opt, plain):
             o.optim.grad_scale = torch.tensor(2.0)
@@ -117,6 +120,58 @@ def zero_norm(rank):
         ZeroRedundancyOptimizer([lonely], optimizer_class=dlfast.optim.SGD, lr=1.0, zero_grad_after_step=True)
     with pytest.raises(RuntimeError, match="zero_grad_after_step"):
         opt.optim.zero_grad_after_step = True
+
+
+def in_backward(rank):
+    """DDP reduces gradients after a step in backward would have used them; FSDP2 has reduced them before."""
+    for wrapped_first in (True, False):
+        inner = network()
+        opt = dlfast.optim.SGD(inner.parameters(), lr=0.1)
+        before = [p.detach().clone() for p in inner.parameters()]
+        x = next(batches(rank))[0]
+        if wrapped_first:
+            model = nn.parallel.DistributedDataParallel(inner)
+            with pytest.raises(RuntimeError, match=r"DistributedDataParallel.*call step"):
+                dlfast.optim.step_in_backward(opt)
+            loss_of(model, x).backward()
+            assert all(p.grad is not None for p in inner.parameters())  # no hook was left behind
+        else:
+            handle = dlfast.optim.step_in_backward(opt)
+            model = nn.parallel.DistributedDataParallel(inner)
+            with pytest.raises(RuntimeError, match=r"DistributedDataParallel.*call step"):
+                loss_of(model, x).backward()
+            handle.remove()
+        assert all(torch.equal(p, q) for p, q in zip(inner.parameters(), before, strict=True))
+
+    # What DDP is told to leave alone is each process's own, as is a model beside it.
+    inner, own = network(), network()
+    ignored = [f"0.{name}" for name, _ in inner[0].named_parameters()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(inner, ignored)
+    model = nn.parallel.DistributedDataParallel(inner)
+    with dlfast.optim.step_in_backward(dlfast.optim.SGD([*inner[0].parameters(), *own.parameters()], lr=0.1)):
+        (loss_of(model, x) + loss_of(own, x)).backward()
+    assert inner[0].weight.grad is None
+    assert inner[2].weight.grad is not None
+
+    model = sharded(network())
+    opt = dlfast.optim.SGD(model.parameters(), lr=0.1)
+    expected, _ = alone(lambda ps: (torch.optim.SGD(ps, lr=0.1), None), rank)
+    with dlfast.optim.step_in_backward(opt):
+        for x, _ in batches(rank):
+            loss_of(model, x).backward()
+    check([p.full_tensor() for p in model.parameters()], expected)
+
+
+def copies_measure_all(opt, rank):
+    """A copy of the local optimizer takes the norm over both processes, too, and says that it cannot be pickled."""
+    held = opt.optim.param_groups[0]["params"]
+    params, copied = copy.deepcopy((held, opt.optim))
+    for p, q in zip(params, held, strict=True):
+        p.grad = q.grad.clone()
+    copied.step()
+    torch.testing.assert_close(copied.grad_norm, opt.optim.grad_norm, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"save state_dict\(\)"):
+        pickle.dumps(opt.optim)
 
 
 def sharded(model):
@@ -190,7 +245,7 @@ def main():
     if case == "checkpoint":
         checkpoint(rank, file + ".checkpoint")
     else:
-        {"ddp": ddp, "zero": zero, "zero_norm": zero_norm, "fsdp": fsdp}[case](rank)
+        {"ddp": ddp, "zero": zero, "zero_norm": zero_norm, "fsdp": fsdp, "in_backward": in_backward}[case](rank)
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from test_block_in_pytorch import needs_native
 
 import dlfast
 from dlfast import cli
-from dlfast.bench import accuracy, gpu, layers, problems, protocol, traffic
+from dlfast.bench import accuracy, gpu, layers, overhead, problems, protocol, traffic
 from dlfast.measure import alternate, peak_bytes
 
 
@@ -114,6 +114,39 @@ def test_layers_under_the_roofline(tmp_path, monkeypatch, capsys):
     forward = next(point for point in report["points"] if point["quantity"] == "forward")
     assert forward["flops"] == 2 * 2 * 8 * 16 * 16 * 3 * 9
     assert "first layers, forward: geometric mean" in capsys.readouterr().out
+
+
+def test_overhead_of_steps_and_blocks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "CALLS", 3)
+    assert cli.main(["bench", "overhead", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
+    steps = {"dlfast", "PyTorch for-loop", "PyTorch foreach", "PyTorch fused"}
+    for name in ("SGD, 10 empty tensors", "AdamW, 10 empty tensors", "SGD, 10 tensors of one number"):
+        assert {row["variant"] for row in rows if row["problem"] == name} == steps
+    blocks = [row for row in rows if "1x1x8x8" in row["problem"]]
+    assert {row["variant"] for row in blocks} == {"dlfast", "PyTorch"}
+    assert {row["quantity"] for row in blocks} == {"forward", "forward + backward"}
+    assert len(rows) == 4 * 4 + 2 * 2 * 2
+    assert all(0 < row["seconds"] < 0.1 for row in rows)
+    assert "optimizer step, step: geometric mean" in capsys.readouterr().out
+
+
+def test_overhead_is_that_of_steps_that_are_taken():
+    """Every variant changes the parameters and counts its steps; blocks leave gradients."""
+    found = {problem.name: problem for problem in overhead.problems("cpu")}
+    for algorithm in ("SGD", "AdamW"):
+        for variant in found[f"{algorithm}, 10 tensors of one number"].variants:
+            optimizer = variant.calls["step"].__self__
+            (group,) = optimizer.param_groups
+            before = [p.detach().clone() for p in group["params"]]
+            variant.calls["step"]()
+            assert all((p != b).all() for p, b in zip(group["params"], before, strict=True))
+            assert len(before) == len(optimizer.state) == 10
+    problem = found["3x3 block of 1x1x8x8, gradient of the input"]
+    for variant in problem.variants:
+        variant.calls["forward + backward"]()
+        assert variant.input.grad.any()
+        assert all(p.grad is not None for p in variant.module.parameters())
 
 
 def test_accuracy_is_within_what_is_promised(tmp_path):

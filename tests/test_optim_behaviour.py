@@ -248,7 +248,7 @@ def test_bad_options_are_refused_by_name(name):
     nan = float("nan")
     bad = [("lr", nan), ("lr", -1.0), ("lr", torch.ones(2)), ("weight_decay", nan), ("weight_decay", -0.1)]
     bad += {
-        "SGD": [("momentum", nan), ("momentum", -1), ("dampening", nan)],
+        "SGD": [("momentum", nan), ("momentum", -1), ("dampening", nan), ("dampening", torch.ones(2))],
         "RMSprop": [("alpha", nan), ("alpha", 1.0), ("momentum", -1), ("eps", nan)],
         "Adagrad": [("lr_decay", nan), ("eps", -1), ("initial_accumulator_value", -1)],
         "Lion": [],

@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).with_name("optim_distributed_program.py")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("case", ["ddp", "zero", "zero_norm", "fsdp", "checkpoint"])
+@pytest.mark.parametrize("case", ["ddp", "zero", "zero_norm", "fsdp", "checkpoint", "in_backward"])
 def test_two_processes(case, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [

@@ -425,6 +425,8 @@ def test_shared_gradients_are_cleared_after_all_have_read_them(fused):
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be at least 0"),
         ({"max_grad_norm": math.nan}, ValueError, "max_grad_norm must be at least 0"),
         ({"max_grad_value": "1"}, TypeError, "max_grad_value must be a number"),
+        ({"max_grad_norm": torch.tensor(1.0)}, TypeError, "max_grad_norm must be a number, got a tensor"),
+        ({"ema_decay": torch.tensor(0.5)}, TypeError, "ema_decay must be a number, got a tensor"),
         ({"ema_decay": 1.0}, ValueError, r"ema_decay must be in \[0, 1\)"),
         ({"ema_decay": math.nan}, ValueError, "ema_decay"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype must be"),
@@ -448,6 +450,8 @@ def test_extras_can_be_read_and_some_be_set():
     assert opt.step_was_skipped is False
     with pytest.raises(ValueError, match="max_grad_norm must be"):
         opt.max_grad_norm = math.nan
+    with pytest.raises(TypeError, match=r"max_grad_value must be a number, got a tensor.*set optimizer\.max"):
+        opt.max_grad_value = torch.tensor(1.0)
     with pytest.raises(AttributeError, match="state_dtype is chosen"):
         opt.state_dtype = "int8"
     with pytest.raises(AttributeError, match="switched on or off"):

@@ -120,19 +120,6 @@ void check_item(const Item& item, size_t i, const at::Tensor& first) {
   }
 }
 
-void check_grad(const Item& item, size_t i) {
-  TORCH_CHECK(item.grad.defined(), name_of("grads", i), " is missing");
-  // An expanded gradient is read, not written: it may overlap itself.
-  const at::Tensor& grad = item.grad;
-  TORCH_CHECK(grad.layout() == at::kStrided, name_of("grads", i), " is sparse (layout ", grad.layout(),
-              "); only strided tensors are supported");
-  TORCH_CHECK(grad.sizes() == item.param.sizes() && grad.scalar_type() == item.param.scalar_type() &&
-                  grad.device() == item.param.device(),
-              name_of("grads", i), " has shape ", grad.sizes(), ", dtype ", grad.scalar_type(), " and is on ",
-              grad.device(), ", but params[", i, "] has shape ", item.param.sizes(), ", dtype ",
-              item.param.scalar_type(), " and is on ", item.param.device());
-}
-
 bool same_order(const at::Tensor& t, const at::Tensor& param) {
   const auto a = t.strides();
   const auto b = param.strides();

@@ -10,10 +10,8 @@
 namespace dlfast::optim {
 
 // Refuses, naming it, what a step cannot take of an item that is the `index`-th of its plan, beside the
-// gradient.
+// gradient, which may be another at every step: Plan::holds says whether it fits.
 void check_item(const Item& item, size_t index, const at::Tensor& first);
-
-void check_grad(const Item& item, size_t index);
 
 // Whether the elements of both lie in memory in the same order, for a `param` without gaps.
 bool same_order(const at::Tensor& t, const at::Tensor& param);

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from dlfast._native import native
-from dlfast.bench import accuracy, fused, gpu, layers, optim, problems, protocol, report, traffic
+from dlfast.bench import accuracy, fused, gpu, layers, optim, overhead, problems, protocol, report, traffic
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
 from dlfast.models import NETWORKS
 from dlfast.plan import machine_speed
 
-TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "accuracy", "bytes", "gpu", "fuse", *fused.MODELS]
+TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "overhead", "accuracy", "bytes", "gpu", "fuse", *fused.MODELS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,5 +138,7 @@ def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Proble
     models = list(fused.MODELS) if "fuse" in targets else [t for t in targets if t in fused.MODELS]
     yield from fused.models(models, args.batch_size, compile, device)
     yield from optim.problems(targets, device)
+    if "overhead" in targets:
+        yield from overhead.problems(device)
     if "gpu" in targets:
         yield from gpu.gpu_problems(compile)

@@ -96,7 +96,7 @@ def problems(compile: bool, device: str) -> Iterator[Problem]:
         for fused in (True, False):
             for mode, channels_last, compiled in MODES + (COMPILED if compile and not fused else []):
                 label = ("dlfast" if fused else "PyTorch") + mode
-                _add_block(problem, label, fused, ours if fused else plain, x, channels_last, compiled)
+                add_block(problem, label, fused, ours if fused else plain, x, channels_last, compiled)
         yield problem
 
 
@@ -121,7 +121,7 @@ def work_of(block: nn.Module, x: Tensor) -> dict[str, Work]:
     }
 
 
-def _add_block(
+def add_block(
     problem: Problem, label: str, ours: bool, module: nn.Module, x: Tensor, channels_last: bool, compiled: bool
 ) -> None:
     if channels_last:

@@ -20,6 +20,12 @@ from dlfast.bench.problems import Call, Problem, Variant
 
 LISTS = ("lenet", "mobilenet", "resnet50", "vgg11")
 TARGETS = ("optim", *(f"optim-{name}" for name in LISTS))
+OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 1e-3, "momentum": 0.9}, "AdamW": {"lr": 1e-3}}
+TORCH_MODES: dict[str, dict[str, bool]] = {
+    "PyTorch for-loop": {"foreach": False, "fused": False},
+    "PyTorch foreach": {"foreach": True},
+    "PyTorch fused": {"fused": True},
+}
 MAX_NORM, DECAY, SCALE = 1.0, 0.999, 1024.0
 # Arrays that a step must read and write at least, beside the states: parameter and gradient in, parameter out;
 # for the tail also the gradient once more for the norm, the average in and out, and the gradient cleared.
@@ -47,12 +53,12 @@ def problems(targets: list[str], device: str) -> Iterator[Problem]:
     for name in LISTS:
         if "optim" in targets or f"optim-{name}" in targets:
             shapes = shapes_of(name)
-            for algorithm in ("SGD", "AdamW"):
+            for algorithm in OPTIONS:
                 yield _problem(name, shapes, algorithm, device)
 
 
 def _problem(name: str, shapes: list[torch.Size], algorithm: str, device: str) -> Problem:
-    options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9} if algorithm == "SGD" else {"lr": 1e-3}
+    options = OPTIONS[algorithm]
     states = 1 if algorithm == "SGD" else 2
     parameters = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     for p in parameters:
@@ -69,11 +75,7 @@ def _problem(name: str, shapes: list[torch.Size], algorithm: str, device: str) -
     tail.grad_scale = torch.tensor(SCALE, device=device)
     problem.variants.append(Variant("dlfast", True, {"plain step": plain.step, "full tail": tail.step}))
     average = [p.detach().clone() for p in parameters]
-    for label, mode in (
-        ("PyTorch for-loop", {"foreach": False, "fused": False}),
-        ("PyTorch foreach", {"foreach": True}),
-        ("PyTorch fused", {"fused": True}),
-    ):
+    for label, mode in TORCH_MODES.items():
         optimizer = theirs(parameters, **options, **mode)
         calls: dict[str, Call] = {
             "plain step": optimizer.step,

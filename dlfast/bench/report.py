@@ -56,7 +56,8 @@ def print_tables(report: Report) -> None:
 
 
 def _time(row: Row) -> str:
-    return f"{1e3 * row.seconds:.3f} ({1e3 * row.low:.3f} to {1e3 * row.high:.3f})"
+    digits = 3 if row.seconds >= 1e-4 else 5
+    return f"{1e3 * row.seconds:.{digits}f} ({1e3 * row.low:.{digits}f} to {1e3 * row.high:.{digits}f})"
 
 
 def _ratio(ratio: Ratio) -> str:

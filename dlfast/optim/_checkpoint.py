@@ -7,6 +7,7 @@ that names it and carries the seed of random rounding.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dlfast.optim import _formats
-from dlfast.optim._members import HALVES, compute_dtype, is_dtensor
+from dlfast.optim._members import compute_dtype, is_dtensor
 from dlfast.optim._options import Extras
 
 # Which code runs a step is the choice of the optimizer at hand, not of a checkpoint.
 ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 FORMAT = "dlfast_format"
 EXTRA_ENTRIES = ("ema", "master_low", "master_param")
+# What a parameter of 16 bits keeps as its master, and in which dtype.
+MASTERS = {torch.bfloat16: ("master_low", torch.int16), torch.float16: ("master_param", torch.float32)}
 
 
 class _Shielded:
@@ -85,9 +88,9 @@ class Checkpoint(torch.optim.Optimizer):
         States are brought into the format of this optimizer's `state_dtype`, whatever theirs is.
 
         Raises:
-            ValueError: it is of another algorithm, lacks an entry, has one of a wrong shape or of an unknown
-                version of the int8 format, or holds averages or master weights that this optimizer does not
-                keep; nothing has been changed then.
+            ValueError: it is of another algorithm, lacks an entry, has one of a wrong shape or dtype or of an
+                unknown version of the int8 format, or holds averages or master weights that this optimizer
+                does not keep; nothing has been changed then.
         """
         handle = self.register_load_state_dict_pre_hook(_shield)
         try:
@@ -96,17 +99,25 @@ class Checkpoint(torch.optim.Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_extras", "_seed", "grad_norm", "_skipped", "_fused")
+        own = ("_extras", "_seed", "grad_norm", "_skipped", "_fused", "_shards", "grad_scale", "found_inf")
         kept = {name: vars(self)[name] for name in own if name in vars(self)}
         return {**super().__getstate__(), **kept, "_random_step": self._random_steps_taken()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        loose: dict[Any, Any] = {}
+        random: tuple[int, int] | None = None
         if "_extras" in state:  # a copy of a whole optimizer, not a state_dict
             self._set_extras({})
         else:
             self._check_loaded(state)
-            self._adopt(state)
+            # What is of no parameter is kept as it is, but not shown to torch.optim, which may look for steps there.
+            loose = {k: _unshielded(v) for k, v in state["state"].items() if not isinstance(k, Tensor)}
+            random = self._adopt(state)
         super().__setstate__(state)
+        self.state.update(loose)
+        if random is not None:
+            self._seed, count = random
+            self._set_random_steps(count)
         self._prepared = {}
         self._checked = []
         self._list_params()
@@ -161,8 +172,13 @@ class Checkpoint(torch.optim.Optimizer):
             value = value.value if isinstance(value, _Shielded) else value
             if name not in ("step", *self._state_names, *scales, *EXTRA_ENTRIES):
                 raise ValueError(f"the state_dict has {name} of {where}, which {type(self).__name__} does not keep")
-            if value is None or name == "step":
+            if value is None:
                 continue
+            if name == "step":
+                _check_step(value, where)
+                continue
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} in the state_dict must be a tensor for {where}, got {type(value).__name__}")
             shape = (_formats.blocks_of(p.numel()),) if name in scales else tuple(p.shape)
             if tuple(value.shape) != shape:
                 raise ValueError(
@@ -179,32 +195,38 @@ class Checkpoint(torch.optim.Optimizer):
                     f"the state_dict holds master weights ({name}); construct the optimizer with master_weights=True "
                     "to take them"
                 )
+            if name.startswith("master") and (name, value.dtype) != MASTERS.get(p.dtype):
+                takes = " of ".join(map(str, MASTERS.get(p.dtype, ("no master weights",))))
+                raise ValueError(
+                    f"the state_dict holds {name} of {value.dtype} for {where}, which is {p.dtype} and takes {takes}"
+                )
 
     # ---- Into this optimizer's formats ------------------------------------------------------------------------
 
-    def _adopt(self, state: dict[str, Any]) -> None:
-        """Bring loaded states into format and layout, once instead of at every step."""
+    def _adopt(self, state: dict[str, Any]) -> tuple[int, int] | None:
+        """Bring loaded states into format and layout, once instead of at every step; their seed and count of
+        steps with random numbers. Nothing of this optimizer is changed yet."""
+        random: tuple[int, int] | None = None
         for group, own in zip(state["param_groups"], self.param_groups, strict=True):
             group.update({name: own[name] for name in ENGINE_OPTIONS if name in own})
             format_ = group.pop(FORMAT, {})
             if "seed" in format_:
-                self._seed = int(format_["seed"])
-                self._set_random_steps(int(format_["random_step"]))
-        for p, entry in list(state["state"].items()):
-            if isinstance(p, Tensor):
-                state["state"][p] = dict(self._adopted(p, entry))
+                random = int(format_["seed"]), int(format_["random_step"])
+        adopted = {p: dict(self._adopted(p, v)) for p, v in state["state"].items() if isinstance(p, Tensor) and v}
+        state["state"] = defaultdict(dict, adopted)
+        return random
 
     def _adopted(self, p: Tensor, entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        values = {name: v.value if isinstance(v, _Shielded) else v for name, v in entry.items()}
+        values = _unshielded(entry)
         for name, value in values.items():
             if name in self._state_names and value is not None:
                 yield from self._converted(p, name, value, values.get(name + "_scale"))
             elif name == "ema":
                 yield name, _laid_out(p, value, compute_dtype(p.dtype))
             elif name.startswith("master"):
-                if p.dtype not in HALVES:
-                    raise ValueError(f"the state_dict holds {name} of a parameter of {p.dtype}")
                 yield name, _laid_out(p, value, value.dtype)
+            elif name == "step":
+                yield name, _counter_of(value)
             elif not name.endswith("_scale"):
                 yield name, value
 
@@ -241,6 +263,31 @@ def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
         return {n: _Shielded(v) if isinstance(v, Tensor) and n != "step" else v for n, v in entry.items()}
 
     return {**state_dict, "state": {k: shielded(entry) for k, entry in state_dict["state"].items()}}
+
+
+def _unshielded(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    return {name: v.value if isinstance(v, _Shielded) else v for name, v in entry.items()}
+
+
+def _check_step(value: Any, where: str) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"step in the state_dict has shape {tuple(value.shape)} for {where}; it must be one number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"step in the state_dict must be a number for {where}, got {type(value).__name__}") from None
+    if not number >= 0:  # NaN too
+        raise ValueError(f"step in the state_dict must be at least 0 for {where}, got {number:g}")
+
+
+def _counter_of(step: Any) -> Tensor:
+    """As the step counts: a float tensor of no dimensions, and of this entry alone."""
+    if not isinstance(step, Tensor):
+        return torch.tensor(float(step), dtype=torch.float32)
+    dtype = torch.float64 if step.dtype is torch.float64 else torch.float32
+    return step.to(dtype, copy=True).reshape(())
 
 
 def _laid_out(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -130,6 +130,27 @@ def plain_step(
         member.step += 1
 
 
+@torch.no_grad()
+def move_averages(params: list[Tensor], entries: Any, decay: float, skipped: bool | Tensor) -> None:
+    """The averages in `entries`, an optimizer's state, of parameters that a step left alone: on to the weights.
+
+    `skipped` is a tensor where only the device knows whether the step was taken.
+    """
+    averages, weights = [], []
+    for p in params:
+        m = Member(p, local_of(p), 0, 0, False, entries.get(p) or {}, ())
+        average = m.state("ema")
+        if average is not None:
+            averages.append(average)
+            weights.append(m.param.to(average.dtype) if m.master is None else _exact_param(m, average.dtype))
+    if averages and not isinstance(skipped, Tensor):
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    elif isinstance(skipped, Tensor):
+        for average, weight in zip(averages, weights, strict=True):
+            stays = skipped.to(average.device, non_blocking=True).reshape(()) != 0
+            average.copy_(torch.where(stays, average, average.lerp(weight, 1 - decay)))
+
+
 def _random(member: Member, slot: int, options: PlainOptions) -> Tensor:
     """16 bits per element, of the parameter's shape."""
     p = member.param

@@ -36,12 +36,14 @@ class Extras:
             ``optimizer.grad_norm``.
         max_grad_value: gradients are clipped to [-value, value], before the norm is taken.
         ema_decay: keep a moving average of the weights, ``ema = decay * ema + (1 - decay) * weight``, in
-            float32 (float64 of float64). It starts as a copy of the weights before the first step.
+            float32 (float64 of float64). It starts as a copy of the weights before the first step with a
+            gradient of theirs, and moves with every further step, with or without one.
         state_dtype: number format of the states of float32 and 16-bit parameters: ``torch.float32``;
             ``torch.bfloat16``, rounded stochastically; ``"int8"``, one byte per number and a float32 scale per
             256 numbers; None keeps the parameter's own dtype.
         master_weights: 16-bit parameters are updated in float32, of which they are the rounded value. For
-            bfloat16 only the lower halves of the float32 numbers are kept beside the parameters.
+            bfloat16 only the lower halves of the float32 numbers are kept beside the parameters; for float16 the
+            whole numbers are, which the next step writes over whatever else was written to a parameter.
         stochastic_rounding: 16-bit parameters are rounded up or down at random, in proportion, so that small
             updates are not lost. The random numbers follow from ``torch.initial_seed()`` at construction.
         zero_grad_after_step: gradients are set to zero once they were used, also by a skipped step.
@@ -49,7 +51,7 @@ class Extras:
     Raises:
         ValueError: a number is out of range or NaN, `state_dtype` is none of these, or both `master_weights`
             and `stochastic_rounding` are asked for.
-        TypeError: a value has the wrong type, or a keyword is unknown.
+        TypeError: a value has the wrong type (a tensor among them), or a keyword is unknown.
 
     >>> Extras(ema_decay=1.5)
     Traceback (most recent call last):
@@ -93,6 +95,11 @@ class Extras:
         if name not in CHANGEABLE:
             raise AttributeError(f"{name} is chosen when the optimizer is made and cannot be changed")
         if value is not None and name != "zero_grad_after_step":
+            if isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} must be a number, got a tensor: what is written to it later would not be seen; "
+                    f"set optimizer.{name} instead"
+                )
             check_number(name, value, below=1 if name == "ema_decay" else None)
 
 
@@ -118,15 +125,30 @@ def extra_option(name: str) -> Any:
 CHANGEABLE = ("max_grad_norm", "max_grad_value", "ema_decay", "zero_grad_after_step")
 
 
-def check_number(name: str, value: Any, *, below: float | None = None) -> None:
-    """Refuse `value` unless it is a number, or a tensor of one, in [0, `below`)."""
+def is_unknown(value: Any) -> bool:
+    """Whether only a device knows the number: to look at it would wait, and is refused under capture."""
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def may_be_nonzero(value: Any) -> bool:
+    """Whether a step has to reckon with a number other than 0."""
+    return is_unknown(value) or bool(value != 0)
+
+
+def check_is_number(name: str, value: Any) -> None:
+    """Refuse `value` unless it is a number or a tensor of one."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 1-element tensor, got shape {tuple(value.shape)}")
-        if value.is_cuda:
-            return  # to look at it would wait for the device
     elif not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 1-element tensor, got {type(value).__name__}")
+
+
+def check_number(name: str, value: Any, *, below: float | None = None) -> None:
+    """Refuse `value` unless it is a number, or a tensor of one, in [0, `below`)."""
+    check_is_number(name, value)
+    if is_unknown(value):
+        return
     number = float(value)
     # Written so that NaN fails too.
     if not (number >= 0 if below is None else 0 <= number < below):

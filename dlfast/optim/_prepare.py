@@ -54,12 +54,14 @@ def refuse_under_capture(what: str) -> None:
 
 
 class Prepared:
-    """How the step of one set of parameters is taken, as long as the groups ask for the same states."""
+    """How the step of one set of parameters is taken, as long as the groups are the same and ask for the same."""
 
-    def __init__(self, asked: list[Any]) -> None:
+    def __init__(self, asked: list[Any], lists: list[list[Tensor]]) -> None:
         self.asked = asked
+        self.lists = lists  # of parameters, one a group: kept, so that no other list takes their ids
         self.buckets: list[Bucket] = []
         self.plain: list[Member] = []
+        self.idle: list[Tensor] = []  # have no gradient, but an average that moves with every step
 
     def alone(self) -> Bucket | None:
         """The bucket that is the whole step, if one is, and nothing of it lies elsewhere."""
@@ -129,14 +131,14 @@ class Preparing(Checkpoint):
                 new.append((m.key, m.entry))
         if new and any(p.is_cuda for p, _ in new):
             refuse_under_capture("states")
-        prepared = Prepared(self._asked())
+        lists = [group["params"] for group in self.param_groups]
+        prepared = Prepared(self._asked(), lists)
         prepared.plain = [m for m in members if not m.native]
         buckets: dict[Any, list[Member]] = {}
         for m in members:
             if m.native:
                 dtype = m.param.dtype if m.param.device.type == "cuda" else None
                 buckets.setdefault((m.param.device, dtype, *sharded_over(m.key)), []).append(m)
-        lists = [group["params"] for group in self.param_groups] if only is None else []
         extras = self._extras
         for (device, _, mesh, dims), bucket in buckets.items():
             items = [
@@ -148,13 +150,18 @@ class Preparing(Checkpoint):
                 for m in bucket
             ]
             assert native.module is not None
-            plan = native.module.Plan(self._algorithm, items, lists, idle)
+            plan = native.module.Plan(self._algorithm, items, lists if only is None else [], idle)
             prepared.buckets.append(Bucket(plan, bucket, device, mesh, dims))
+        if members and only is None and extras.ema_decay is not None:
+            prepared.idle = [p for p in idle if "ema" in (self.state.get(p) or {})]
         return prepared
 
     def _asked(self) -> list[Any]:
-        """What of the groups' options decides how a step is prepared."""
-        return [(self._names(group), group.get("fused"), group.get("capturable")) for group in self.param_groups]
+        """What of the groups decides how a step is prepared; plans look into the lists of parameters."""
+        return [
+            (self._names(group), group.get("fused"), group.get("capturable"), id(group["params"]))
+            for group in self.param_groups
+        ]
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
         try:
@@ -178,25 +185,37 @@ class Preparing(Checkpoint):
                 if grad is None:
                     idle.append(p)
                     continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{self._name(index, i)} has a sparse gradient (layout {grad.layout}), which "
-                        f"dlfast.optim.{type(self).__name__} does not support"
-                    )
-                distributed = is_dtensor(p)
-                if distributed:
+                if is_dtensor(p):
                     self._check_distributed(p, grad, index, i)
-                local = local_of(p)
+                local, local_grad = local_of(p), local_of(grad)
+                self._check_grad(local, local_grad, index, i)
                 is_native = (
                     wants_native
                     and local.device.type in devices
                     and runs_on(local.device)
                     and local.dtype in NATIVE_DTYPES
-                    and (distributed or type(p) in PLAIN_TYPES)
-                    and (distributed or type(grad) in PLAIN_TYPES)
+                    and local_grad.dtype is local.dtype
+                    and type(local) in PLAIN_TYPES
+                    and type(local_grad) in PLAIN_TYPES
                 )
                 members.append(Member(p, local, index, number, is_native, {}, names))
         return members, idle
+
+    def _check_grad(self, p: Tensor, grad: Tensor, group: int, i: int) -> None:
+        """autograd gives a gradient that fits; a parameter may have been changed through ``.data`` since."""
+        name = self._name(group, i)
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{name} has a sparse gradient (layout {grad.layout}), which "
+                f"dlfast.optim.{type(self).__name__} does not support"
+            )
+        if grad.shape != p.shape or grad.device != p.device:
+            raise RuntimeError(
+                f"the gradient of {name} has shape {tuple(grad.shape)} and is on {grad.device}; "
+                f"it must have shape {tuple(p.shape)} and be on {p.device}, as the parameter"
+            )
+        if not grad.dtype.is_floating_point:
+            raise RuntimeError(f"the gradient of {name} has dtype {grad.dtype}; it must be of floating-point numbers")
 
     def _check_distributed(self, p: Tensor, grad: Tensor, group: int, i: int) -> None:
         name = self._name(group, i)
@@ -321,7 +340,8 @@ class Preparing(Checkpoint):
 
     def _list_states(self) -> list[Tensor]:
         """All tensors in `state` that a step writes."""
-        return [v for entry in self.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        entries = [entry for p, entry in self.state.items() if isinstance(p, Tensor)]
+        return [v for entry in entries for v in entry.values() if isinstance(v, Tensor)]
 
 
 def _without_gaps(p: Tensor) -> bool:

@@ -19,11 +19,13 @@ from torch.optim import optimizer as optimizer_module
 
 from dlfast._native import native
 from dlfast.optim._device import Kept, OnDevice
-from dlfast.optim._members import PlainOptions, plain_step, sharded_over, unscaled
+from dlfast.optim._members import PlainOptions, move_averages, plain_step, sharded_over, unscaled
 from dlfast.optim._options import Extras, extra_option
 from dlfast.optim._prepare import Bucket, Prepared
 from dlfast.optim._traced import register, traced_step
 from dlfast.optim._zero import refuse_clearing, shards
+
+CHANGED_MEANWHILE = "a parameter, gradient or state changed while the step was being taken"
 
 
 class FusedStep(OnDevice):
@@ -85,6 +87,8 @@ class FusedStep(OnDevice):
     def swapped_ema(self) -> Iterator[None]:
         """Within the block the parameters hold their moving average; afterwards they are back.
 
+        Gradients are on or off within as they were before.
+
         Raises:
             RuntimeError: the optimizer keeps no average, or they are swapped already; :meth:`step` within
                 the block.
@@ -105,18 +109,19 @@ class FusedStep(OnDevice):
             raise RuntimeError("swapped_ema needs an average: construct the optimizer with ema_decay=")
         if self._swapped:
             raise RuntimeError("the averages are swapped in already")
-        with torch.no_grad():
-            kept = [(p, p.detach().clone(), entry["ema"]) for p, entry in self.state.items() if "ema" in entry]
-            for p, _, average in kept:
-                p.copy_(average)
-            self._swapped = True
-            try:
-                with torch.enable_grad():
-                    yield
-            finally:
+        entries = [(p, entry) for p, entry in self.state.items() if isinstance(p, Tensor)]
+        kept = [(p, p.detach().clone(), entry["ema"]) for p, entry in entries if "ema" in entry]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for p, _, average in kept:
+                    p.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
                 for p, weights, _ in kept:
                     p.copy_(weights)
-                self._swapped = False
+            self._swapped = False
 
     # ---- One step -----------------------------------------------------------------------------------------
 
@@ -130,8 +135,8 @@ class FusedStep(OnDevice):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: for a sparse gradient, and for a parameter that overlaps itself in memory; nothing
-                has been changed then.
+            RuntimeError: for a gradient that is sparse or of another shape or device than its parameter, and for
+                a parameter that overlaps itself in memory; nothing has been changed then.
             ValueError: a hyper-parameter has become invalid; nothing has been changed then.
         """
         if torch.compiler.is_dynamo_compiling() and self._traceable and not self._has_hooks():
@@ -181,7 +186,10 @@ class FusedStep(OnDevice):
         else:
             done = not prepared.on_host() and self._run_on_device(prepared, scale, found_inf)
         if not done:
-            self._step_slowly(only, scale, found_inf)
+            prepared = self._step_slowly(only, scale, found_inf)
+        assert prepared is not None
+        if prepared.idle and self._skipped is not True:
+            move_averages(prepared.idle, self.state, self._extras.ema_decay or 0.0, self._skipped)
 
     def _run_alone(self, bucket: Bucket, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """The step of one plan on the CPU; False, before anything has changed, where it no longer holds."""
@@ -234,21 +242,19 @@ class FusedStep(OnDevice):
                             p.grad.zero_()
 
     @torch.no_grad()
-    def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> Prepared:
         """The step of tensors that no plan knows, or that several engines share."""
-        prepared = self._prepared.pop(only, None)
+        kept = prepared = self._prepared.pop(only, None)
         new: list[tuple[Tensor, dict[str, Any]]] = []
         # All are asked before any is run: nothing is half done.
-        if (
-            prepared is None
-            or prepared.asked != self._asked()
-            or not all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets)
-        ):
+        if prepared is None or prepared.asked != self._asked() or not self._hold(prepared):
             prepared = self._prepare(only, new)
             self.state.update(new)
             self._all_states = self._list_states()
         skipped = True
         try:
+            if prepared is not kept and not self._hold(prepared):
+                raise RuntimeError(CHANGED_MEANWHILE)
             skipped = self._run(prepared, scale, found_inf)
         finally:
             if skipped:  # or failed: as if the new states had never been
@@ -256,8 +262,13 @@ class FusedStep(OnDevice):
                     del self.state[p]
         if skipped:
             self._skip(only)
-        elif not prepared.plain:
+        elif prepared.buckets and not prepared.plain:  # else no plan would notice new gradients
             self._prepared[only] = prepared
+        return prepared
+
+    def _hold(self, prepared: Prepared) -> bool:
+        """Whether every plan still takes the parameters, gradients and states that are there."""
+        return all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets)
 
     def _run(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Take the step; whether it was skipped, where the host knows."""
@@ -265,7 +276,7 @@ class FusedStep(OnDevice):
         shared = self._norm_is_shared()
         if not prepared.on_host() and (prepared.buckets or not shared):
             if not self._run_on_device(prepared, scale, found_inf):
-                raise RuntimeError("a parameter, gradient or state changed while the step was being taken")
+                raise RuntimeError(CHANGED_MEANWHILE)
             return False
         hyper = self._hyper()
         if found_inf is not None and found_inf.item() != 0:
@@ -297,11 +308,11 @@ class FusedStep(OnDevice):
             group = self.param_groups[m.group]
             plain_step(m, self._unsigned, plain_options, lambda *args, group=group: self._plain(group, *args))
         on_cuda = [bucket for bucket in prepared.buckets if bucket.device.type == "cuda"]
-        if on_cuda:
-            self._launch(on_cuda, options, None, None)
+        if on_cuda and not self._launch(on_cuda, options, None, None):
+            raise RuntimeError(CHANGED_MEANWHILE)
         for bucket in prepared.buckets:
-            if bucket.device.type == "cpu":
-                bucket.plan.run(self.state, hyper, options, bucket.grads())
+            if bucket.device.type == "cpu" and bucket.plan.run(self.state, hyper, options, bucket.grads()) is None:
+                raise RuntimeError(CHANGED_MEANWHILE)
         if self._extras.zero_grad_after_step:
             for m in prepared.plain:
                 m.grad.zero_()

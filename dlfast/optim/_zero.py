@@ -6,7 +6,6 @@ Nothing in the call says so: the constructor looks for who called it.
 from __future__ import annotations
 
 import sys
-import weakref
 from typing import Any
 
 import torch
@@ -20,17 +19,22 @@ class Shards:
     """The processes that hold the other parts of the parameters."""
 
     def __init__(self, owner: Any) -> None:
-        self._owner = weakref.ref(owner)
+        self._group = owner.process_group
+        # Where the parameters are, also for a process that was given none.
+        self.device: torch.device = owner.param_groups[0]["params"][0].device
 
     def add(self, squares: Tensor) -> None:
         """Add to `squares`, a tensor of one number, that of all the other processes."""
-        torch.distributed.all_reduce(squares, group=self._owner().process_group)  # type: ignore[union-attr]
+        torch.distributed.all_reduce(squares, group=self._group)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are, also for a process that was given none."""
-        device: torch.device = self._owner().param_groups[0]["params"][0].device  # type: ignore[union-attr]
-        return device
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
+        return self  # a copy of the optimizer has the same part, beside the same processes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "the optimizer holds one process's part of the parameters of a ZeroRedundancyOptimizer and cannot be "
+            "pickled: save state_dict() instead"
+        )
 
 
 def shards() -> Shards | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
-from dlfast.optim._options import check_number
+from dlfast.optim._options import check_number, may_be_nonzero
 from dlfast.optim._step import FusedStep
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         )  # fmt: skip
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        kept = (True, group["centered"], group["momentum"] != 0)
+        kept = (True, group["centered"], may_be_nonzero(group["momentum"]))
         return tuple(name for name, is_kept in zip(self._state_names, kept, strict=True) if is_kept)
 
     def _plain(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
-from dlfast.optim._options import check_number
+from dlfast.optim._options import check_is_number, check_number, is_unknown, may_be_nonzero
 from dlfast.optim._step import FusedStep
 
 if TYPE_CHECKING:
@@ -100,13 +103,14 @@ class SGD(FusedStep, torch.optim.SGD):
         check_number("lr", options["lr"])
         check_number("momentum", options["momentum"])
         check_number("weight_decay", options["weight_decay"])
-        dampening = float(options["dampening"])
-        if dampening != dampening:
+        momentum, dampening = options["momentum"], options["dampening"]
+        check_is_number("dampening", dampening)
+        if not is_unknown(dampening) and dampening != dampening:
             raise ValueError("dampening must be a number, got nan")
-        if options["nesterov"] and (options["momentum"] <= 0 or dampening != 0):
+        is_damped = not is_unknown(dampening) and dampening != 0
+        if options["nesterov"] and (is_damped or not may_be_nonzero(momentum)):
             raise ValueError(
-                "nesterov needs a momentum above 0 and dampening 0, got "
-                f"momentum={options['momentum']}, dampening={options['dampening']}"
+                f"nesterov needs a momentum above 0 and dampening 0, got momentum={momentum}, dampening={dampening}"
             )
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -116,12 +120,12 @@ class SGD(FusedStep, torch.optim.SGD):
         )  # fmt: skip
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+        return ("momentum_buffer",) if may_be_nonzero(group["momentum"]) else ()
 
     # How many steps each momentum buffer has taken: the first gradient enters undamped. torch's state_dict has
     # no place for it, and needs none: a buffer in it has taken a step.
     def _counter(self, p: Tensor, entry: dict[str, Any], group: dict[str, Any], device: torch.device) -> Tensor | None:
-        if group["momentum"] == 0:
+        if not may_be_nonzero(group["momentum"]):
             return None
         counters = self._counters()
         step = counters.get(p)
@@ -151,28 +155,33 @@ class SGD(FusedStep, torch.optim.SGD):
             maximize=group["maximize"],
         )
 
-    def _forget_unstarted(self) -> None:
-        """Buffers made for a step that only the device knew to be skipped."""
-        counters = self._counters()
-        for p, step in list(counters.items()):
-            if step.item() != 0:
-                continue
-            del counters[p]
-            entry = self.state.get(p, {})
-            for name in ("momentum_buffer", "momentum_buffer_scale"):
-                entry.pop(name, None)
-            if not entry:
-                self.state.pop(p, None)
+    @contextmanager
+    def _only_started(self) -> Iterator[None]:
+        """Within, `state` is without the buffers made for a step that only the device knew to be skipped.
+
+        A captured graph goes on writing them: the optimizer has to keep them.
+        """
+        whole = self.state
+        self.state = defaultdict(dict, whole)
+        for p, step in self._counters().items():
+            if step.item() == 0:
+                entry = self.state.pop(p, {})
+                rest = {name: value for name, value in entry.items() if not name.startswith("momentum_buffer")}
+                self.state.update({p: rest} if rest else {})
+        try:
+            yield
+        finally:
+            self.state = whole
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state in the layout of ``torch.optim.SGD``."""
-        self._forget_unstarted()
-        return super().state_dict()
+        with self._only_started():
+            return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._forget_unstarted()
-        return super().__getstate__()
+        with self._only_started():
+            return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -131,8 +131,8 @@ def match(run: Run) -> Match:
             assert step.window is not None
             if found.pool or (between and step.window.pool == "avg"):
                 break
-            if (step.adaptive is not None or step.window.pool == "avg") and (run.steps[0].kind != "conv" or found.bn):
-                break  # only the convolution block finds its window at each call, and gains by an average
+            if not _takes(step, run.steps[0].kind, found.bn is not None):
+                break
             found.pool = step
         else:
             if found.pool:
@@ -145,6 +145,15 @@ def match(run: Run) -> Match:
             found.last = between[-1]
             break
     return found
+
+
+def _takes(pool: Step, head: str, normalised: bool) -> bool:
+    """Whether a chain that begins with a step of kind `head` may end with `pool`.
+
+    Only the convolution block finds its window at each call, and gains by an average.
+    """
+    assert pool.window is not None
+    return pool.window.pool == "max" and pool.adaptive is None or (head == "conv" and not normalised)
 
 
 def chains_of(level: Level, is_head: Callable[[Step], bool]) -> list[Chain]:
@@ -220,6 +229,8 @@ def extend(chain: Chain, level: Level, nodes: dict[bool, fx.Node]) -> None:
         return
     step = found[True]
     assert step.window is not None
+    if not _takes(step, chain.kind, chain.bn is not None):
+        return
     chain.window = replace(step.window, activation=chain.window.activation)
     chain.adaptive = step.adaptive
     site = Site(level, {mode: each.node for mode, each in found.items()}, step.module)

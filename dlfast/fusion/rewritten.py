@@ -78,7 +78,7 @@ class RewrittenForward:
 def rewrite(level: Level, chains: list[Chain], removed: dict[bool, set[fx.Node]]) -> RewrittenForward:
     """The forward of `level` without the nodes in `removed`.
 
-    A chain of `chains` that begins in a function becomes a call of `relu_pool2d`, in place of its last node.
+    A chain of `chains` that begins in a function becomes a call of `relu_pool2d`, in place of its first node.
 
     Raises:
         CannotRewrite: something in the graph has no name by which code could reach it again.
@@ -106,11 +106,12 @@ def rewrite(level: Level, chains: list[Chain], removed: dict[bool, set[fx.Node]]
 
 
 def _call_function(graph: fx.Graph, chain: Chain, copied: dict[fx.Node, fx.Node], mode: bool) -> None:
-    pool = copied[chain.sites[-1].nodes[mode]]
-    with graph.inserting_after(pool):
+    """In place of the ReLU: what stands between it and the pooling then acts on the maxima of what it acted on."""
+    relu = copied[chain.head.nodes[mode]]
+    with graph.inserting_after(relu):
         call = graph.call_function(relu_pool2d, (), chain.window.options())
-    pool.replace_all_uses_with(call)
-    call.args = (pool,)
+    relu.replace_all_uses_with(call)
+    call.args = (relu,)
 
 
 def _place_of(name: str, value: Any) -> tuple[str, str]:

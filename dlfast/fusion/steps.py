@@ -83,7 +83,7 @@ def recognise(node: fx.Node, root: nn.Module) -> Step:
 
 def _of_module(node: fx.Node, module: nn.Module) -> Step:
     kind = type(module)
-    why_not = _hooks_of(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
+    why_not = hooks_of(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         return Step("conv", node, module, why_not=why_not or _extras_of(module))
     if kind is nn.BatchNorm2d:
@@ -170,7 +170,7 @@ def _extras_of(conv: nn.Conv2d) -> str:
     return ""
 
 
-def _hooks_of(module: nn.Module) -> str:
+def hooks_of(module: nn.Module) -> str:
     """Hooks that would see something else, or nothing, when another module does the work."""
     for kind in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
         if getattr(module, kind):

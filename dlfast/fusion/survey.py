@@ -15,7 +15,7 @@ from torch import fx, nn
 from dlfast.fusion.chain import Chain, Site, chains_of, extend
 from dlfast.fusion.exposure import calls, exposed
 from dlfast.fusion.gain import Shapes, weigh
-from dlfast.fusion.steps import Step
+from dlfast.fusion.steps import Step, hooks_of
 from dlfast.fusion.tracing import Level, trace
 
 # What makes a new tensor, so that ReLU in place on it is seen by nobody else.
@@ -133,7 +133,7 @@ def _extend_tails(level: Level, tails: dict[int, Chain], call_counts: dict[int, 
         for node in graph.nodes:
             if node.op == "call_module":
                 key = id(level.module.get_submodule(str(node.target)))
-                if key in tails and call_counts[key] == {level.name: 1}:
+                if key in tails and call_counts[key] == {level.name: 1} and not hooks_of(tails[key].head.level.module):
                     by_mode.setdefault(key, {})[mode] = node
     for key, nodes in by_mode.items():
         if len(nodes) == len(level.graphs):

@@ -153,7 +153,7 @@ def _takes(pool: Step, head: str, normalised: bool) -> bool:
     Only the convolution block finds its window at each call, and gains by an average.
     """
     assert pool.window is not None
-    return pool.window.pool == "max" and pool.adaptive is None or (head == "conv" and not normalised)
+    return (pool.window.pool == "max" and pool.adaptive is None) or (head == "conv" and not normalised)
 
 
 def chains_of(level: Level, is_head: Callable[[Step], bool]) -> list[Chain]:

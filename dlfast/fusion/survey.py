@@ -13,8 +13,9 @@ import torch
 from torch import fx, nn
 
 from dlfast.fusion.chain import Chain, Site, chains_of, extend
-from dlfast.fusion.exposure import calls, exposed
+from dlfast.fusion.exposure import called_by_traces_alone, calls, exposed, uses_of
 from dlfast.fusion.gain import Shapes, weigh
+from dlfast.fusion.methods import Uses
 from dlfast.fusion.steps import Step, hooks_of
 from dlfast.fusion.tracing import Level, trace
 
@@ -29,6 +30,7 @@ class Survey:
     chains: list[Chain] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
     why_not: str = ""  # for the whole model
+    alone: set[int] = field(default_factory=set)  # ids of modules that only the traced forwards call
 
     @property
     def fused(self) -> list[Chain]:
@@ -50,13 +52,14 @@ def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
     if found.why_not:
         return found
     found.levels = [trace(name, module) for name, module in model.named_modules() if _has_own_forward(module)]
+    found.alone = called_by_traces_alone(model, found.levels)
     by_module = {id(level.module): level for level in found.levels}
     tails: dict[int, Chain] = {}
     call_counts = calls(found.levels)
     for level in reversed(found.levels):  # children come after their parents in named_modules
         if level.why_not:
             continue
-        _extend_tails(level, tails, call_counts)
+        _extend_tails(level, {key: tail for key, tail in tails.items() if key in found.alone}, call_counts)
         own = [chain for chain in chains_of(level, _is_head) if chain.sites or chain.why_not]
         found.chains += own
         tail = _tail(level, own)
@@ -145,11 +148,14 @@ def _extend_tails(level: Level, tails: dict[int, Chain], call_counts: dict[int, 
 
 def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int]]) -> None:
     opened = exposed(model, found.levels)
+    uses = uses_of(found.levels)
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for chain in found.fused:
         levels = {id(site.level.module): site.level for site in (chain.head, *chain.sites)}
         if any(key in opened for key in levels):
             chain.why_not = "its layers may be run one by one: they are not only called as a whole"
+        elif method := _method_that_uses(chain, uses):
+            chain.why_not = f"{method} may run its layers one by one"
         elif any(m is not None and names[id(m)] > 1 for m in (chain.head.module, chain.bn)):
             chain.why_not = "the layer is registered under several names"
         elif chain.kind == "relu" and chain.window.pool is None:
@@ -159,6 +165,17 @@ def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int
         elif chain.bn is not None and not isinstance(chain.bn.num_features, int):
             chain.why_not = "the normalisation is not initialised"
     _check_repeats(found, call_counts)
+
+
+def _method_that_uses(chain: Chain, uses: Uses) -> str:
+    """The method beside forward that runs a part of `chain` by itself, if there is one."""
+    levels = {id(site.level.module): site.level.module for site in (chain.head, *chain.sites)}
+    for site in (chain.head, *chain.sites):
+        if site.module is not None and id(site.module) in uses.called:
+            return uses.called[id(site.module)]
+    if len(levels) > 1 and id(chain.head.level.module) in uses.called:  # would now end with its parent's pooling
+        return uses.called[id(chain.head.level.module)]
+    return next((uses.opened[key] for key in levels if key in uses.opened), "")
 
 
 def _relu_may_move(chain: Chain) -> bool:
@@ -201,7 +218,11 @@ def swappable(found: Survey, call_counts: dict[int, dict[str, int]]) -> set[int]
     """The ids of the modules all of whose calls the fused chains take over."""
     taken = Counter(id(site.module) for chain in found.fused for site in chain.sites if site.module is not None)
     taken.update(id(c.head.module) for c in found.fused if c.kind == "relu" and c.head.module is not None)
-    return {key for key, count in taken.items() if call_counts.get(key) and sum(call_counts[key].values()) == count}
+    return {
+        key
+        for key, count in taken.items()
+        if key in found.alone and call_counts.get(key) and sum(call_counts[key].values()) == count
+    }
 
 
 def removed_sites(chain: Chain, whole: set[int]) -> list[Site]:

@@ -25,6 +25,7 @@ class Plain:
     """What a module was before: its class, and its attributes that were added or hidden since."""
 
     kind: type[nn.Module]
+    fused: type[nn.Module]  # what it was made
     added: list[str]
     hidden: dict[str, Any] = field(default_factory=dict)
 
@@ -69,7 +70,7 @@ def swap(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -
     """Make `module`, which stays the same object with the same parameters, a `kind` with `attributes`."""
     hidden = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
     module.__dict__.update(attributes)
-    module.__dict__[PLAIN] = Plain(type(module), list(attributes), hidden)
+    module.__dict__[PLAIN] = Plain(type(module), kind, list(attributes), hidden)
     module.__class__ = kind
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from dlfast.fusion.methods import WALKS, Uses, is_self, note_uses, running
+from dlfast.fusion.methods import WALKS, Uses, is_named, note_uses, running, self_name
 from dlfast.fusion.tracing import Level, place_of
 
 
@@ -101,7 +101,7 @@ def _used_otherwise(module: nn.Module) -> list[nn.Module]:
             return list(children.values())
         called, elements = _calls_in(function)
         for node in ast.walk(function):
-            if not isinstance(node, ast.Attribute) or not is_self(node.value):
+            if not isinstance(node, ast.Attribute) or not is_named(node.value, self_name(function)):
                 continue
             if node.attr in WALKS:
                 return list(children.values())

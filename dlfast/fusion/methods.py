@@ -54,7 +54,7 @@ class _Method:
 
     def __init__(self, module: nn.Module, tree: ast.FunctionDef, where: str, uses: Uses) -> None:
         self.module, self.tree, self.where, self.uses = module, tree, where, uses
-        self.self_name = tree.args.args[0].arg if tree.args.args else ""
+        self.self_name = self_name(tree)
         stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         self.runs_locals = any(isinstance(func, ast.Name) and func.id in stored for func in calls)
@@ -98,7 +98,7 @@ class _Method:
     def _resolve(self, node: ast.AST) -> nn.Module | None:
         """The module that ``self.a.b[0]`` is."""
         if isinstance(node, ast.Name):
-            return self.module if node.id == self.self_name else None
+            return self.module if is_named(node, self.self_name) else None
         if isinstance(node, ast.Attribute):
             owner = self._resolve(node.value)
             return None if owner is None else owner._modules.get(node.attr)
@@ -115,15 +115,15 @@ class _Method:
 
 def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
     """The functions of a class of the user's, properties included, by name."""
+    members: dict[str, Any] = {}
+    for base in reversed([base for base in kind.__mro__ if base not in (nn.Module, object)]):
+        members.update(vars(base))
     found: dict[str, Any] = {}
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for name, value in vars(base).items():
-            function = getattr(value, "fget", None) or getattr(value, "func", None) or value
-            function = inspect.unwrap(function) if callable(function) else function
-            if inspect.isfunction(function) and not isinstance(value, staticmethod | classmethod):
-                found.setdefault(name, function)
+    for name, value in members.items():
+        function = getattr(value, "fget", None) or getattr(value, "func", None) or value
+        function = inspect.unwrap(function) if callable(function) else function
+        if inspect.isfunction(function) and not isinstance(value, staticmethod | classmethod):
+            found[name] = function
     return found
 
 
@@ -155,9 +155,15 @@ def running(kind: type[nn.Module]) -> Iterator[tuple[Any, ast.FunctionDef | None
         tree = source_of(methods[name])
         yield methods[name], tree
         for node in () if tree is None else ast.walk(tree):
-            if isinstance(node, ast.Attribute) and is_self(node.value) and node.attr in methods:
+            if isinstance(node, ast.Attribute) and is_named(node.value, self_name(tree)) and node.attr in methods:
                 waiting.append(node.attr)
 
 
-def is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
+def self_name(function: ast.FunctionDef | None) -> str:
+    """What a method calls its module."""
+    arguments = [] if function is None else [*function.args.posonlyargs, *function.args.args]
+    return arguments[0].arg if arguments else ""
+
+
+def is_named(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name

@@ -15,6 +15,7 @@ from torch import fx, nn
 from dlfast.fusion.chain import Chain, Site, chains_of, extend
 from dlfast.fusion.exposure import called_by_traces_alone, calls, exposed, uses_of
 from dlfast.fusion.gain import Shapes, weigh
+from dlfast.fusion.guard import is_guarded
 from dlfast.fusion.methods import Uses
 from dlfast.fusion.steps import Step, hooks_of
 from dlfast.fusion.tracing import Level, trace
@@ -52,7 +53,8 @@ def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
     if found.why_not:
         return found
     found.levels = [trace(name, module) for name, module in model.named_modules() if _has_own_forward(module)]
-    found.alone = called_by_traces_alone(model, found.levels)
+    opened = exposed(model, found.levels)
+    found.alone = called_by_traces_alone(model, found.levels) - opened
     by_module = {id(level.module): level for level in found.levels}
     tails: dict[int, Chain] = {}
     call_counts = calls(found.levels)
@@ -67,7 +69,7 @@ def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
             tails[id(level.module)] = tail
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found.chains.sort(key=lambda chain: order.get(chain.head.name, order.get(chain.head.level.name, 0)))
-    _check(found, model, call_counts)
+    _check(found, model, call_counts, opened)
     for chain in found.fused:
         chain.why_not = weigh(chain, shapes)
     _settle(found, call_counts)
@@ -81,7 +83,7 @@ def _unfit(model: nn.Module) -> str:
             return "it is, or contains, a scripted or frozen module"
         if type(module).__module__.startswith("torch.ao."):
             return "it is quantised, or prepared for it"
-        if "_dlfast_plain" in module.__dict__:
+        if "_dlfast_plain" in module.__dict__ or is_guarded(module):
             return "it is already fused"
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device.type for tensor in tensors}
@@ -146,13 +148,12 @@ def _extend_tails(level: Level, tails: dict[int, Chain], call_counts: dict[int, 
 # ---- What could tell the difference -------------------------------------------------------------------
 
 
-def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int]]) -> None:
-    opened = exposed(model, found.levels)
+def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int]], opened: set[int]) -> None:
     uses = uses_of(found.levels)
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for chain in found.fused:
         levels = {id(site.level.module): site.level for site in (chain.head, *chain.sites)}
-        if any(key in opened for key in levels):
+        if any(key in opened for key in (*levels, id(chain.head.module))):
             chain.why_not = "its layers may be run one by one: they are not only called as a whole"
         elif method := _method_that_uses(chain, uses):
             chain.why_not = f"{method} may run its layers one by one"

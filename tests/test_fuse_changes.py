@@ -467,3 +467,69 @@ def test_a_model_of_functions_alone_is_fused_and_taken_back():
     assert is_fused(fused)
     torch.testing.assert_close(fused(images()), model(images()))
     assert "forward" not in dlfast.unfuse(fused).__dict__
+
+
+# ---- Layers that other models hold -------------------------------------------------------------------------
+
+
+class WithDefault(nn.Module):
+    def __init__(self, act=nn.ReLU(), pool=nn.MaxPool2d(2)):  # noqa: B008
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), act, pool)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(self.block(x) - 0.1)
+
+
+def test_in_place_other_models_with_the_same_activation_stay_as_they_were():
+    torch.manual_seed(0)
+    first, second = WithDefault().double(), WithDefault().double()
+    second.load_state_dict(first.state_dict())
+    want = second(images())
+    act = first.act
+    fused = dlfast.fuse(first, inplace=True)
+    assert type(fused.block[0]) is dlfast.nn.ConvBNReLUPool2d
+    torch.testing.assert_close(fused(images()), want)
+    torch.testing.assert_close(second(images()), want)
+    assert fused.act is act is second.act
+    assert type(act) is nn.ReLU
+    assert not [name for name in vars(act) if "dlfast" in name]
+    assert repr(dlfast.unfuse(fused)) == repr(second)
+
+
+def test_in_place_relu_and_pool_held_elsewhere():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), act, nn.MaxPool2d(2)).double()
+    plain = copy.deepcopy(model)
+    fused = dlfast.fuse(model, inplace=True)
+    torch.testing.assert_close(fused(images()), plain(images()))
+    assert type(act) is nn.ReLU
+    assert type(dlfast.fuse(plain)[2]) is dlfast.nn.ReLUPool2d  # a copy's belong to it alone
+
+
+def test_in_place_layers_that_another_model_runs_too():
+    model = block()
+    other = nn.Sequential(*list(model)[:2])
+    with pytest.warns(NotFusedWarning, match="also held outside of the model"):
+        assert dlfast.fuse(model, inplace=True) is model
+    del other
+    assert is_fused(dlfast.fuse(model, inplace=True))
+
+
+# ---- Input without a batch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(nn.Conv2d(3, 4, 3), nn.ReLU()), (nn.Tanh(), nn.ReLU())], ids=["conv", "relu"])
+def test_dropout_of_channels_before_a_maximum(layers):
+    """On input without a batch Dropout2d zeroes rows, which is not the same before and after the maximum."""
+    model = nn.Sequential(nn.Linear(12, 12), *layers, nn.Dropout2d(0.5), nn.MaxPool2d(2)).double()
+    fused = dlfast.fuse(model)
+    assert is_fused(fused)
+    assert repr(fused[3]) == "Dropout2d(p=0.5, inplace=False)"
+    fused(images())
+    with pytest.raises(RuntimeError, match=r"expected 4D input in training \(got 3D input\)"):
+        fused(images()[0])
+    fused.eval(), model.eval()
+    torch.testing.assert_close(fused(images()[0]), model(images()[0]))
+    assert type(dlfast.unfuse(fused)[3]) is nn.Dropout2d

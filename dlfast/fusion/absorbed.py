@@ -47,6 +47,21 @@ class AbsorbedBatchNorm2d(StaysBatchNorm2d):
         return input
 
 
+class PooledDropout2d(nn.Dropout2d):
+    """A Dropout2d before a maximum that a fused layer takes first: the same for whole channels alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.dim() != 4:  # there Dropout2d zeroes rows
+            raise RuntimeError(
+                f"Dropout2d in a fused chain: expected 4D input in training (got {input.dim()}D input): "
+                "call dlfast.unfuse for input without a batch"
+            )
+        return super().forward(input)
+
+    def _get_name(self) -> str:
+        return "Dropout2d"
+
+
 class ConvReLUAdaptivePool2d(ConvReLUPool2d):
     """A convolution block with adaptive pooling, which is an ordinary one where it divides its input evenly.
 

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from dlfast.fusion.absorbed import HEADS, PLAIN, Absorbed, AbsorbedBatchNorm2d, Plain, swap, swap_back
+from dlfast.fusion.absorbed import HEADS, PLAIN, Absorbed, AbsorbedBatchNorm2d, Plain, PooledDropout2d, swap, swap_back
 from dlfast.fusion.chain import Chain
 from dlfast.fusion.exposure import calls
 from dlfast.fusion.gain import shapes_of
 from dlfast.fusion.guard import FORWARD, GuardedForward, guard, is_guarded, unguard
+from dlfast.fusion.held import held_elsewhere
 from dlfast.fusion.rewritten import CannotRewrite, rewrite
 from dlfast.fusion.survey import Survey, removed_sites, survey, swappable
 from dlfast.fusion.tracing import Level
@@ -39,7 +40,8 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
         example_inputs: a tensor, or a tuple of what `model` is called with. With it each chain is planned for
             its size, and adaptive poolings may be fused.
         inplace: change `model` itself. Otherwise the result is a copy that shares all parameters and buffers
-            with `model`, so that either may be trained.
+            with `model`, so that either may be trained. A ReLU or pooling layer that somebody else holds as well
+            (a default argument ``act=nn.ReLU()`` of several models) is left as it is in either case.
         verbose: print the table of :func:`dlfast.explain`.
 
     Returns:
@@ -62,7 +64,7 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
     """
     check_model("fuse", model)
     inputs = as_inputs(example_inputs)
-    found = look(model, inputs)
+    found = look(model, inputs, inplace=inplace)
     if verbose:
         from dlfast.fusion.table import of_survey, print_report
 
@@ -160,11 +162,10 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
     return tuple(example_inputs) if isinstance(example_inputs, list) else (example_inputs,)
 
 
-def look(model: nn.Module, inputs: tuple[Any, ...] | None) -> Survey:
-    """The survey of `model`, planned for `inputs` where there are any."""
-    if inputs is None:
-        return survey(model)
-    return survey(model, shapes_of(model, inputs))
+def look(model: nn.Module, inputs: tuple[Any, ...] | None, *, inplace: bool = False) -> Survey:
+    """The survey of `model`, planned for `inputs` where there are any; `inplace` of a model to change itself."""
+    shapes = None if inputs is None else shapes_of(model, inputs)
+    return survey(model, shapes, held_elsewhere(model) if inplace else frozenset())
 
 
 def share(model: M) -> M:
@@ -204,6 +205,9 @@ def apply(found: Survey) -> None:
                 swaps[id(site.module)] = (site.module, kind, {})
             elif site.module is chain.bn and chain.bn is not None:
                 swaps[id(chain.bn)] = (chain.bn, AbsorbedBatchNorm2d, {})
+        for site in chain.passed:
+            if isinstance(site.module, nn.Dropout2d):
+                swaps[id(site.module)] = (site.module, PooledDropout2d, {})
         if chain.kind == "relu" and gone:
             functions.setdefault(chain.head.level.name, []).append(chain)
         else:

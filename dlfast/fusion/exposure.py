@@ -81,6 +81,8 @@ def call_nodes(graph: fx.Graph, root: nn.Module, module: nn.Module) -> list[fx.N
 
 def _between(root: nn.Module, target: str) -> Iterator[nn.Module]:
     """The modules that a call of "a.b.c" reaches through: a and a.b. Lists have no forward of their own."""
+    if root.get_submodule(target) in root.children():  # a trace knows a layer by one of its names
+        return
     parts = target.split(".")[:-1]
     for length in range(1, len(parts) + 1):
         module = root.get_submodule(".".join(parts[:length]))
@@ -95,7 +97,7 @@ def _used_otherwise(module: nn.Module) -> list[nn.Module]:
     """
     children = dict(module.named_children())
     held = [value for name, value in vars(module).items() if name != "_modules"]
-    used = {id(each): each for each in _in_containers(held)}
+    used = {id(each): each for each in in_containers(held)}
     for _, function in running(type(module)):
         if function is None:
             return list(children.values())
@@ -115,13 +117,13 @@ def _used_otherwise(module: nn.Module) -> list[nn.Module]:
     return list(used.values())
 
 
-def _in_containers(value: Any) -> Iterator[nn.Module]:
+def in_containers(value: Any) -> Iterator[nn.Module]:
     """The modules in a list, tuple or dict: `self.layers = [self.conv, self.relu]`, which is no child."""
     if isinstance(value, list | tuple | set):
         for item in value:
-            yield from [item] if isinstance(item, nn.Module) else _in_containers(item)
+            yield from [item] if isinstance(item, nn.Module) else in_containers(item)
     elif type(value) is dict:
-        yield from _in_containers(list(value.values()))
+        yield from in_containers(list(value.values()))
 
 
 def _calls_in(function: ast.AST) -> tuple[set[int], set[int]]:

@@ -6,7 +6,7 @@ Nothing here changes the model; what is decided here `dlfast.fusion.swap` carrie
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -47,14 +47,19 @@ class Survey:
         return [level for level in self.levels if level.why_not]
 
 
-def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
-    """Find the chains of `model`. `shapes` are the inputs of its layers where example inputs were given."""
+def survey(model: nn.Module, shapes: Shapes | None = None, held: Collection[int] = frozenset()) -> Survey:
+    """Find the chains of `model`.
+
+    `shapes` are the inputs of its layers where example inputs were given, `held` the ids of layers that somebody
+    outside of the model has and that must stay what they are.
+    """
     found = Survey(why_not=_unfit(model))
     if found.why_not:
         return found
     found.levels = [trace(name, module) for name, module in model.named_modules() if _has_own_forward(module)]
     opened = exposed(model, found.levels)
     found.alone = called_by_traces_alone(model, found.levels) - opened
+    found.alone -= {id(m) for m in model.modules() if id(m) in held and not m._parameters}
     by_module = {id(level.module): level for level in found.levels}
     tails: dict[int, Chain] = {}
     call_counts = calls(found.levels)
@@ -70,6 +75,7 @@ def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found.chains.sort(key=lambda chain: order.get(chain.head.name, order.get(chain.head.level.name, 0)))
     _check(found, model, call_counts, opened)
+    _check_held(found, held)
     for chain in found.fused:
         chain.why_not = weigh(chain, shapes)
     _settle(found, call_counts)
@@ -166,6 +172,14 @@ def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int
         elif chain.bn is not None and not isinstance(chain.bn.num_features, int):
             chain.why_not = "the normalisation is not initialised"
     _check_repeats(found, call_counts)
+
+
+def _check_held(found: Survey, held: Collection[int]) -> None:
+    """Whoever has the head of a chain and what follows it would see both change, or one without the other."""
+    for chain in found.fused:
+        modules = {id(site.module) for site in chain.sites if site.module is not None and not site.module._parameters}
+        if chain.kind != "relu" and id(chain.head.module) in held and any(key in held for key in modules):
+            chain.why_not = "its layers are also held outside of the model: fuse a copy, with inplace=False"
 
 
 def _method_that_uses(chain: Chain, uses: Uses) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from dlfast.fusion.source import value_at
 
 FORWARD = "_dlfast_forward"
+REPLICATE = "_replicate_for_data_parallel"
 
 
 class GuardedForward:
@@ -71,6 +72,7 @@ class GuardedForward:
 def guard(module: nn.Module, forward: GuardedForward) -> None:
     """Put `forward` in front of the forward of `module`."""
     module.__dict__["forward"] = module.__dict__[FORWARD] = forward
+    module.__dict__[REPLICATE] = _refuse_replica
 
 
 def is_guarded(module: nn.Module) -> bool:
@@ -80,4 +82,13 @@ def is_guarded(module: nn.Module) -> bool:
 
 def unguard(module: nn.Module) -> None:
     """Undo :func:`guard`."""
-    del module.__dict__["forward"], module.__dict__[FORWARD]
+    for name in ("forward", FORWARD, REPLICATE):
+        del module.__dict__[name]
+
+
+def _refuse_replica() -> nn.Module:
+    """In a replica on another device the forward, and a convolution's normalisation, would be the original's."""
+    raise RuntimeError(
+        "a fused model cannot be replicated by nn.DataParallel: use nn.parallel.DistributedDataParallel, or call "
+        "dlfast.unfuse first"
+    )

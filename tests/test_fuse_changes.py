@@ -201,6 +201,18 @@ def test_a_layer_that_was_replaced_is_refused(what):
         plain(small_images())
 
 
+def test_an_option_of_an_absorbed_layer_is_refused():
+    fused = dlfast.fuse(layers())
+    with pytest.raises(RuntimeError, match="stride of a MaxPool2d that is part of a fused layer cannot be changed"):
+        fused[2].stride = 1
+    fused[2].stride = fused[2].stride
+    fused.eval()
+    assert not fused[2].training
+    plain = dlfast.unfuse(fused)
+    plain[2].stride = 1
+    assert plain.double()(small_images()).shape == (2, 3, 11, 11)
+
+
 def test_a_layer_put_between_is_refused():
     fused = dlfast.fuse(layers())
     fused.insert(1, nn.GELU())

@@ -31,7 +31,16 @@ class Plain:
 
 
 class Absorbed(nn.Module):
-    """A layer without parameters, as a part of the fused layer before it."""
+    """A layer without parameters, as a part of the fused layer before it, which has its options."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        options = () if name in ("training", "inplace") or name.startswith("_") else self.__dict__
+        if name in options and self.__dict__[name] != value:
+            raise RuntimeError(
+                f"{name} of a {self.__dict__[PLAIN].kind.__name__} that is part of a fused layer cannot be changed: "
+                "call dlfast.unfuse first, change it, and fuse again"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         return input

@@ -41,6 +41,7 @@ POOL_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 }
 POOL_NAMES = {"max_pool2d": F.max_pool2d, "adaptive_max_pool2d": F.adaptive_max_pool2d}
 NOT_FUSED_ACTIVATIONS = (nn.SiLU, nn.Hardswish, nn.GELU, nn.Mish, nn.ELU, nn.PReLU, nn.Softplus)
+NOT_FUSED_FUNCTIONS: set[Any] = {F.silu, F.hardswish, F.gelu, F.mish, F.elu, F.prelu, F.softplus}
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def _of_method(node: fx.Node) -> Step:
 
 def _of_function(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
     kwargs.pop("input", None)
+    if target in NOT_FUSED_FUNCTIONS:
+        return Step("other", node, why_not=f"{target.__name__} is not fused")
     if any(isinstance(value, fx.Node) for value in (*args, *kwargs.values())):
         return Step("other", node)
     if target in RELU_FUNCTIONS:

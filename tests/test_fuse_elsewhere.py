@@ -13,6 +13,7 @@ import dlfast
 from dlfast import _native
 from dlfast.fusion import NotFusedWarning
 from dlfast.fusion.api import is_fused
+from dlfast.fusion.held import held_elsewhere
 from dlfast.fusion.survey import survey
 
 pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
@@ -258,6 +259,14 @@ def test_in_place_relu_and_pool_held_elsewhere():
     torch.testing.assert_close(fused(small_images()), plain(small_images()))
     assert type(act) is nn.ReLU
     assert type(dlfast.fuse(plain)[2]) is dlfast.nn.ReLUPool2d  # a copy's belong to it alone
+
+
+def test_in_place_layers_of_the_model_alone_are_known():
+    model = nn.Sequential(layers(), WithDefault(nn.ReLU(), nn.MaxPool2d(2)))
+    model.listed = [model[0][1], {"pool": (model[0][2],)}]
+    assert held_elsewhere(model) == set()
+    pool = model[1].block[3]
+    assert held_elsewhere(model) == {id(pool)}
 
 
 def test_in_place_layers_that_another_model_runs_too():

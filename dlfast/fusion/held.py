@@ -24,13 +24,19 @@ def held_elsewhere(model: nn.Module) -> set[int]:
 
 
 def _surplus(model: nn.Module) -> set[int]:
-    inside: Counter[int] = Counter()
-    for module in model.modules():
-        attributes = [value for name, value in vars(module).items() if name != "_modules"]
-        inside.update(id(child) for child in module._modules.values() if child is not None)
-        inside.update(id(each) for each in in_containers(attributes))
+    inside = _inside(model)
     (of_counting,) = _references(nn.Sequential(nn.Identity())).values()
     return {key for key, count in _references(model).items() if count - (of_counting - 1) > inside[key]}
+
+
+def _inside(model: nn.Module) -> Counter[int]:
+    """The references that the modules of `model` have to each other. (Apart: local variables are references too.)"""
+    found: Counter[int] = Counter()
+    for module in model.modules():
+        attributes = [value for name, value in vars(module).items() if name != "_modules"]
+        found.update(id(child) for child in module._modules.values() if child is not None)
+        found.update(id(each) for each in in_containers(attributes))
+    return found
 
 
 def _references(model: nn.Module) -> dict[int, int]:

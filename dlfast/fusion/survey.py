@@ -66,7 +66,7 @@ def survey(model: nn.Module, shapes: Shapes | None = None, held: Collection[int]
     for level in reversed(found.levels):  # children come after their parents in named_modules
         if level.why_not:
             continue
-        _extend_tails(level, {key: tail for key, tail in tails.items() if key in found.alone}, call_counts)
+        _extend_tails(level, tails, call_counts)
         own = [chain for chain in chains_of(level, _is_head) if chain.sites or chain.why_not]
         found.chains += own
         tail = _tail(level, own)

@@ -17,6 +17,14 @@ def example_of(model: nn.Module) -> torch.Tensor:
     return torch.randn(getattr(model, "example", (2, 3, 20, 20)), generator=generator)
 
 
+def small_images() -> torch.Tensor:
+    return torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+
 class Plain(nn.Sequential):
     fused = frozenset({CONV, "Absorbed"})
 

@@ -11,6 +11,7 @@ from torch import nn
 import dlfast
 from dlfast import reference
 from dlfast.nn import batch_norm_relu_pool2d
+from dlfast.nn.folding import Folded, sample
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(2, 3, 9, 11), (4, 17, 8, 8), (3, 33, 7, 6), (1, 8, 40, 5), (2, 1, 5, 67)]
@@ -298,3 +299,37 @@ def test_a_child_made_to_synchronise_is_refused_in_training():
     with pytest.raises(RuntimeError, match="SyncBatchNorm"):
         layer(torch.randn(2, 3, 4, 4))
     assert layer.eval()(torch.randn(2, 3, 4, 4)).shape == (2, 4, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (48, 1, 5, 5), (8, 3, 1, 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_sample_of_a_weight_sees_every_tap(shape, memory_format):
+    weight = torch.randn(shape).contiguous(memory_format=memory_format)
+    some = sample(weight, 64)
+    assert some.unique().numel() == min(64, weight.numel())
+    for tap in range(shape[2] * shape[3]):
+        other = weight.clone(memory_format=torch.preserve_format)
+        other[:, :, tap // shape[3], tap % shape[3]] += 1
+        assert not torch.equal(sample(other, 64), some)
+    gaps = torch.randn(8, 3, 6, 6)[:, :, ::2, ::2]
+    assert sample(gaps, 1000).sort().values.equal(gaps.flatten().sort().values)
+
+
+def test_elsewhere_than_on_the_cpu_no_values_are_looked_at():
+    """They would be waited for; the meta device, which has none, stands for those."""
+    layer = dlfast.nn.ConvBNReLUPool2d(3, 8, 3).eval().to("meta")
+    with torch.no_grad():
+        first = Folded.of(layer, layer.bn)
+        assert Folded.of(layer, layer.bn)[0] is first[0]
+        layer.bn.running_mean.add_(1)
+        second = Folded.of(layer, layer.bn)
+        assert second[0] is not first[0]
+        layer.eval()  # after a change through .data
+        assert Folded.of(layer, layer.bn)[0] is not second[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_input_without_a_batch_is_refused_as_by_batch_norm(training):
+    layer = dlfast.nn.ConvBNReLUPool2d(3, 8, 3).train(training)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+        layer(torch.randn(3, 10, 10))

@@ -276,3 +276,76 @@ def test_frozen_normalisation_is_folded_only_without_gradients():
     for have, want in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(have.grad, want.grad)
     torch.testing.assert_close(fused[1].running_mean, plain[1].running_mean)
+
+
+# ---- Adaptive pooling --------------------------------------------------------------------------------------
+
+
+class AdaptiveFunctional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(F.relu(self.conv(x)), (3, None))
+
+
+ADAPTIVE = {
+    "avg": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3)),
+    "max": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveMaxPool2d((3, 6))),
+    "no relu": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveMaxPool2d((None, 4))),
+    "functions": AdaptiveFunctional,
+    "in the parent": lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.AdaptiveAvgPool2d(3)),
+}
+
+
+@pytest.mark.parametrize("what", ADAPTIVE)
+def test_adaptive_pooling_that_is_ordinary_at_the_size_of_the_example(what):
+    torch.manual_seed(0)
+    model = ADAPTIVE[what]().double()
+    plain = independent(model)
+    x = torch.randn(2, 3, 14, 14, dtype=torch.float64)
+    assert "only with example inputs" in survey(model).refused[0].why_not
+    fused = dlfast.fuse(model, x)
+    assert "ConvReLUAdaptivePool2d" in {type(module).__name__ for module in fused.modules()}
+    assert_alike(fused, plain, x)
+    for height, width in ((14, 26), (11, 17), (5, 9)):  # ordinary again, not ordinary, more out than in
+        other = torch.randn(2, 3, height, width, dtype=torch.float64)
+        torch.testing.assert_close(fused(other), plain(other))
+    torch.testing.assert_close(fused(x[0]), plain(x[0]))
+    assert repr(dlfast.unfuse(fused)) == repr(model)
+
+
+def test_adaptive_pooling_that_is_not_ordinary_stays():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(5))
+    with pytest.warns(NotFusedWarning, match=r"the adaptive pooling is no ordinary one at \(12, 12\)"):
+        assert dlfast.fuse(model, torch.randn(2, 3, 14, 14)) is model
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), nn.AvgPool2d(2)], ids=repr)
+@pytest.mark.parametrize("examples", [False, True], ids=["", "with example"])
+def test_a_pooling_in_the_parent_that_no_normalised_block_takes(pool, examples):
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(nn.Sequential(*layers), pool, nn.Flatten()).double()
+    plain = independent(model)
+    x = torch.randn(2, 3, 10, 10, dtype=torch.float64)
+    fused = dlfast.fuse(model, x if examples else None)
+    assert type(fused[0][0]) is dlfast.nn.ConvBNReLUPool2d
+    assert type(fused[1]) is type(pool)
+    assert_alike(fused, plain, x)
+
+
+def test_several_devices():
+    """All but the meta device, which is told of by its own name."""
+
+    class Device(torch.Tensor):
+        """Says that it is elsewhere."""
+
+        device = torch.device("cuda", 0)
+
+    model = Plain()
+    model.register_buffer("scale", torch.ones(2).as_subclass(Device))
+    assert survey(model).why_not == "its parameters are on several devices: cpu, cuda:0"
+    with pytest.warns(NotFusedWarning, match="on several devices: cpu, cuda:0"):
+        assert dlfast.fuse(model) is model

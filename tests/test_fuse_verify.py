@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fuse_models import AWKWARD, Coin, Hooked, Plain, example_of
 from torch import nn
 
@@ -99,3 +100,23 @@ def test_bytes_saved_are_those_measured():
     told = dlfast.explain(model, x).bytes_saved
     # Batch statistics of a few channels, and storages that two tensors share, are not counted.
     assert told == pytest.approx(less, rel=0.1)
+
+
+class Unfused(nn.Module):
+    """Activations that the kernels do not have, as a layer and as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU()
+        self.second = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.act(self.bn(self.conv(x))), 2)
+        return F.max_pool2d(F.hardswish(self.second(x)), 2)
+
+
+def test_explain_tells_why_a_chain_is_no_longer():
+    text = str(dlfast.explain(Unfused()))
+    assert "no longer: conv (conv → bn): SiLU is not fused" in text
+    assert "left alone: second (conv): hardswish is not fused" in text
+    assert "no longer" not in str(dlfast.explain(Plain()))

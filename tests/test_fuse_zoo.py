@@ -63,13 +63,14 @@ def assert_near(have: torch.Tensor, want: torch.Tensor, what: str) -> None:
     torch.testing.assert_close(have, want, rtol=0, atol=1e-7 * scale + 1e-12, msg=lambda text: f"{what}: {text}")
 
 
+@pytest.mark.parametrize("examples", [False, True], ids=["", "with example"])
 @pytest.mark.parametrize("name", NAMES)
-def test_fused_equals_original(name):
+def test_fused_equals_original(name, examples):
     torch.manual_seed(0)
     plain = build(name)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", NotFusedWarning)
-        fused = dlfast.fuse(plain)
+        fused = dlfast.fuse(plain, images(name).float() if examples else None)
     if fused is plain:
         assert any(issubclass(warning.category, NotFusedWarning) for warning in told)
         return

@@ -25,12 +25,22 @@ class Plain:
     """What a module was before: its class, and its attributes that were added or hidden since."""
 
     kind: type[nn.Module]
+    fused: type[nn.Module]  # what it was made
     added: list[str]
     hidden: dict[str, Any] = field(default_factory=dict)
 
 
 class Absorbed(nn.Module):
-    """A layer without parameters, as a part of the fused layer before it."""
+    """A layer without parameters, as a part of the fused layer before it, which has its options."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        options = () if name in ("training", "inplace") or name.startswith("_") else self.__dict__
+        if name in options and self.__dict__[name] != value:
+            raise RuntimeError(
+                f"{name} of a {self.__dict__[PLAIN].kind.__name__} that is part of a fused layer cannot be changed: "
+                "call dlfast.unfuse first, change it, and fuse again"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         return input
@@ -44,6 +54,21 @@ class AbsorbedBatchNorm2d(StaysBatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return input
+
+
+class PooledDropout2d(nn.Dropout2d):
+    """A Dropout2d before a maximum that a fused layer takes first: the same for whole channels alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.dim() != 4:  # there Dropout2d zeroes rows
+            raise RuntimeError(
+                f"Dropout2d in a fused chain: expected 4D input in training (got {input.dim()}D input): "
+                "call dlfast.unfuse for input without a batch"
+            )
+        return super().forward(input)
+
+    def _get_name(self) -> str:
+        return "Dropout2d"
 
 
 class ConvReLUAdaptivePool2d(ConvReLUPool2d):
@@ -69,7 +94,7 @@ def swap(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -
     """Make `module`, which stays the same object with the same parameters, a `kind` with `attributes`."""
     hidden = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
     module.__dict__.update(attributes)
-    module.__dict__[PLAIN] = Plain(type(module), list(attributes), hidden)
+    module.__dict__[PLAIN] = Plain(type(module), kind, list(attributes), hidden)
     module.__class__ = kind
 
 

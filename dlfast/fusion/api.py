@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from dlfast.fusion.absorbed import HEADS, PLAIN, Absorbed, AbsorbedBatchNorm2d, swap, swap_back
+from dlfast.fusion.absorbed import HEADS, PLAIN, Absorbed, AbsorbedBatchNorm2d, Plain, PooledDropout2d, swap, swap_back
 from dlfast.fusion.chain import Chain
 from dlfast.fusion.exposure import calls
 from dlfast.fusion.gain import shapes_of
-from dlfast.fusion.rewritten import CannotRewrite, RewrittenForward, rewrite
+from dlfast.fusion.guard import FORWARD, GuardedForward, guard, is_guarded, unguard
+from dlfast.fusion.held import held_elsewhere
+from dlfast.fusion.rewritten import CannotRewrite, rewrite
 from dlfast.fusion.survey import Survey, removed_sites, survey, swappable
 from dlfast.fusion.tracing import Level
 
@@ -38,7 +40,8 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
         example_inputs: a tensor, or a tuple of what `model` is called with. With it each chain is planned for
             its size, and adaptive poolings may be fused.
         inplace: change `model` itself. Otherwise the result is a copy that shares all parameters and buffers
-            with `model`, so that either may be trained.
+            with `model`, so that either may be trained. A ReLU or pooling layer that somebody else holds as well
+            (a default argument ``act=nn.ReLU()`` of several models) is left as it is in either case.
         verbose: print the table of :func:`dlfast.explain`.
 
     Returns:
@@ -61,7 +64,7 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
     """
     check_model("fuse", model)
     inputs = as_inputs(example_inputs)
-    found = look(model, inputs)
+    found = look(model, inputs, inplace=inplace)
     if verbose:
         from dlfast.fusion.table import of_survey, print_report
 
@@ -96,6 +99,8 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
 
     Raises:
         TypeError: `model` is not a module, or a compiled one.
+        RuntimeError: a fused layer has another class or forward by now (a parametrization, ``fully_shard``):
+            nothing was changed.
 
     >>> import torch, dlfast
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
@@ -109,18 +114,34 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
     check_model("unfuse", model)
     if not is_fused(model):
         return model
+    _check_unchanged(model)
     model = model if inplace else share(model)
     for module in model.modules():
         if PLAIN in module.__dict__:
             swap_back(module)
-        if isinstance(module.__dict__.get("forward"), RewrittenForward):
-            del module.__dict__["forward"]
+        if is_guarded(module):
+            unguard(module)
     return model
+
+
+def _check_unchanged(model: nn.Module) -> None:
+    """Refuse a model whose fused layers somebody has given another class or forward: it would be lost."""
+    for name, module in model.named_modules():
+        plain: Plain | None = module.__dict__.get(PLAIN)
+        if plain is not None and type(module) is not plain.fused:
+            raise RuntimeError(
+                f"the fused layer {name or 'model'!r} is a {type(module).__name__} by now, no {plain.fused.__name__}: "
+                "take back first what changed its class since dlfast.fuse (a parametrization, fully_shard ...)"
+            )
+        if is_guarded(module) and module.__dict__.get("forward") is not module.__dict__[FORWARD]:
+            raise RuntimeError(
+                f"the forward of {name or 'the model'!r} was replaced since dlfast.fuse: take that back first"
+            )
 
 
 def is_fused(model: nn.Module) -> bool:
     """Whether :func:`fuse` has changed `model`."""
-    return any(PLAIN in module.__dict__ for module in model.modules())
+    return any(PLAIN in module.__dict__ or is_guarded(module) for module in model.modules())
 
 
 def check_model(caller: str, model: object) -> None:
@@ -141,11 +162,10 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
     return tuple(example_inputs) if isinstance(example_inputs, list) else (example_inputs,)
 
 
-def look(model: nn.Module, inputs: tuple[Any, ...] | None) -> Survey:
-    """The survey of `model`, planned for `inputs` where there are any."""
-    if inputs is None:
-        return survey(model)
-    return survey(model, shapes_of(model, inputs))
+def look(model: nn.Module, inputs: tuple[Any, ...] | None, *, inplace: bool = False) -> Survey:
+    """The survey of `model`, planned for `inputs` where there are any; `inplace` of a model to change itself."""
+    shapes = None if inputs is None else shapes_of(model, inputs)
+    return survey(model, shapes, held_elsewhere(model) if inplace else frozenset())
 
 
 def share(model: M) -> M:
@@ -168,10 +188,15 @@ def apply(found: Survey) -> None:
     removed: dict[str, dict[bool, set[fx.Node]]] = {}
     functions: dict[str, list[Chain]] = {}
     levels: dict[str, Level] = {}
+    layers: dict[str, dict[str, nn.Module]] = {}
     for chain in found.fused:
+        for site in (chain.head, *chain.sites, *chain.passed):
+            levels[site.level.name] = site.level
+            own = layers.setdefault(site.level.name, {})
+            if site.module is not None:
+                own[site.path] = site.module
         gone = removed_sites(chain, whole)
         for site in gone:
-            levels[site.level.name] = site.level
             for mode, node in site.nodes.items():
                 removed.setdefault(site.level.name, {True: set(), False: set()})[mode].add(node)
         for site in chain.sites:
@@ -180,16 +205,24 @@ def apply(found: Survey) -> None:
                 swaps[id(site.module)] = (site.module, kind, {})
             elif site.module is chain.bn and chain.bn is not None:
                 swaps[id(chain.bn)] = (chain.bn, AbsorbedBatchNorm2d, {})
+        for site in chain.passed:
+            if isinstance(site.module, nn.Dropout2d):
+                swaps[id(site.module)] = (site.module, PooledDropout2d, {})
         if chain.kind == "relu" and gone:
             functions.setdefault(chain.head.level.name, []).append(chain)
         else:
             assert chain.head.module is not None
             swaps[id(chain.head.module)] = (chain.head.module, *_head(chain))
-    forwards = {name: rewrite(levels[name], functions.get(name, []), nodes) for name, nodes in removed.items()}
+    forwards: dict[str, GuardedForward] = {
+        name: rewrite(levels[name], functions.get(name, []), nodes, layers[name]) for name, nodes in removed.items()
+    }
+    for name, level in levels.items():
+        if name not in forwards:
+            forwards[name] = GuardedForward(level.module, level.findings.flags, layers[name])
     for module, kind, attributes in swaps.values():
         swap(module, kind, attributes)
     for name, forward in forwards.items():
-        levels[name].module.__dict__["forward"] = forward
+        guard(levels[name].module, forward)
 
 
 def _head(chain: Chain) -> tuple[type[nn.Module], dict[str, Any]]:

@@ -22,10 +22,15 @@ class Site:
     module: nn.Module | None  # None: a function
 
     @property
+    def path(self) -> str:
+        """Of the module, from the level's."""
+        return str(self.nodes[True].target)
+
+    @property
     def name(self) -> str:
         node = self.nodes[True]
         if self.module is not None:
-            return self.level.path(str(node.target))
+            return self.level.path(self.path)
         return getattr(node.target, "__name__", str(node.target))
 
 
@@ -38,6 +43,7 @@ class Chain:
     window: Window = field(default_factory=lambda: Window(None, None, (1, 1), (1, 1)))
     adaptive: tuple[int | None, int | None] | None = None
     sites: list[Site] = field(default_factory=list)  # all but the head
+    passed: list[Site] = field(default_factory=list)  # what stays in place between them
     why_not: str = ""
     stop: str = ""  # why it ends where it does, where something fusable seemed to follow
     last: Site | None = None  # whose value is the chain's
@@ -103,11 +109,12 @@ class Match:
     relu: Step | None = None
     pool: Step | None = None
     absorbed: list[Step] = field(default_factory=list)
+    passed: list[Step] = field(default_factory=list)
     last: Step | None = None
 
     def pattern(self) -> tuple[str, ...]:
         """To compare the same place in two traces."""
-        return tuple(f"{step.describe()} {step.node.target}" for step in self.absorbed)
+        return tuple(f"{step.describe()} {step.node.target}" for step in (*self.absorbed, *self.passed))
 
 
 def match(run: Run) -> Match:
@@ -131,8 +138,8 @@ def match(run: Run) -> Match:
             assert step.window is not None
             if found.pool or (between and step.window.pool == "avg"):
                 break
-            if (step.adaptive is not None or step.window.pool == "avg") and (run.steps[0].kind != "conv" or found.bn):
-                break  # only the convolution block finds its window at each call, and gains by an average
+            if not _takes(step, run.steps[0].kind, found.bn is not None):
+                break
             found.pool = step
         else:
             if found.pool:
@@ -143,8 +150,18 @@ def match(run: Run) -> Match:
         found.last = step
         if found.pool and between:
             found.last = between[-1]
+            found.passed = between
             break
     return found
+
+
+def _takes(pool: Step, head: str, normalised: bool) -> bool:
+    """Whether a chain that begins with a step of kind `head` may end with `pool`.
+
+    Only the convolution block finds its window at each call, and gains by an average.
+    """
+    assert pool.window is not None
+    return (pool.window.pool == "max" and pool.adaptive is None) or (head == "conv" and not normalised)
 
 
 def chains_of(level: Level, is_head: Callable[[Step], bool]) -> list[Chain]:
@@ -197,6 +214,8 @@ def _fill(chain: Chain, start: Step, here: Match, there: Match) -> None:
     chain.adaptive = here.pool.adaptive if here.pool is not None else None
     for one, other in zip(here.absorbed, there.absorbed, strict=True):
         chain.sites.append(Site(level, {True: one.node, False: other.node}, one.module))
+    for one, other in zip(here.passed, there.passed, strict=True):
+        chain.passed.append(Site(level, {True: one.node, False: other.node}, one.module))
     assert here.last is not None
     assert there.last is not None
     chain.last = Site(level, {True: here.last.node, False: there.last.node}, here.last.module)
@@ -220,8 +239,11 @@ def extend(chain: Chain, level: Level, nodes: dict[bool, fx.Node]) -> None:
         return
     step = found[True]
     assert step.window is not None
+    if not _takes(step, chain.kind, chain.bn is not None):
+        return
     chain.window = replace(step.window, activation=chain.window.activation)
     chain.adaptive = step.adaptive
     site = Site(level, {mode: each.node for mode, each in found.items()}, step.module)
     chain.sites.append(site)
+    chain.passed.append(Site(level, nodes, chain.head.level.module))
     chain.last = site

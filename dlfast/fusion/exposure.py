@@ -7,17 +7,40 @@ through ``vgg.features`` and keeps what some layers give would see something els
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import fx, nn
 
-from dlfast.fusion.tracing import Level
+from dlfast.fusion.methods import WALKS, Uses, is_named, note_uses, running, self_name
+from dlfast.fusion.tracing import Level, place_of
 
-# Methods that run a model: what they use, and the methods that they call, counts.
-ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-WALKS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule"}
+
+def uses_of(levels: Iterable[Level]) -> Uses:
+    """What the methods do that the traces did not enter, of the modules with a trace and of those without."""
+    uses = Uses()
+    for level in levels:
+        known = set(level.entered)
+        if level.why_not:  # `exposed` reads what runs these
+            known |= {place_of(function.__code__) for function, _ in running(type(level.module))}
+        note_uses(level.module, lambda code, known=known: place_of(code) in known, uses)  # type: ignore[misc]
+    return uses
+
+
+def called_by_traces_alone(model: nn.Module, levels: Iterable[Level]) -> set[int]:
+    """The ids of the modules all of whose parents have a trace, so that all of their calls are known."""
+    traced = {id(level.module) for level in levels if not level.why_not}
+    parents: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for child in module.children():
+            parents.setdefault(id(child), []).append(module)
+
+    def known(parent: nn.Module) -> bool:
+        if isinstance(parent, nn.ModuleList | nn.ModuleDict):  # have no forward: whoever holds them calls
+            return all(known(owner) for owner in parents.get(id(parent), []))
+        return id(parent) in traced
+
+    return {key for key, owners in parents.items() if all(known(owner) for owner in owners)}
 
 
 def exposed(root: nn.Module, levels: Iterable[Level]) -> set[int]:
@@ -58,6 +81,8 @@ def call_nodes(graph: fx.Graph, root: nn.Module, module: nn.Module) -> list[fx.N
 
 def _between(root: nn.Module, target: str) -> Iterator[nn.Module]:
     """The modules that a call of "a.b.c" reaches through: a and a.b. Lists have no forward of their own."""
+    if root.get_submodule(target) in root.children():  # a trace knows a layer by one of its names
+        return
     parts = target.split(".")[:-1]
     for length in range(1, len(parts) + 1):
         module = root.get_submodule(".".join(parts[:length]))
@@ -66,42 +91,51 @@ def _between(root: nn.Module, target: str) -> Iterator[nn.Module]:
 
 
 def _used_otherwise(module: nn.Module) -> list[nn.Module]:
-    """Children of a module without a trace that its source does not merely call.
+    """Modules of a module without a trace that its source does not merely call.
 
-    ``self.block(x)``, and ``for block in self.blocks: x = block(x)``, are calls.
+    ``self.block(x)``, and ``for block in self.blocks: x = block(x)`` of a ``ModuleList``, are calls.
     """
     children = dict(module.named_children())
-    functions = _functions(type(module))
-    if functions is None:
-        return list(children.values())
-    used: dict[str, nn.Module] = {}
-    for function in functions:
-        called = _calls_in(function)
+    held = [value for name, value in vars(module).items() if name != "_modules"]
+    used = {id(each): each for each in in_containers(held)}
+    for _, function in running(type(module)):
+        if function is None:
+            return list(children.values())
+        called, elements = _calls_in(function)
         for node in ast.walk(function):
-            if not isinstance(node, ast.Attribute) or not _is_self(node.value):
+            if not isinstance(node, ast.Attribute) or not is_named(node.value, self_name(function)):
                 continue
             if node.attr in WALKS:
                 return list(children.values())
-            if node.attr in children and id(node) not in called:
-                used[node.attr] = children[node.attr]
+            child = children.get(node.attr)
+            if child is None or id(node) in called:
+                continue
+            if id(node) not in elements or not isinstance(child, nn.ModuleList | nn.ModuleDict):
+                used[id(child)] = child
         if any(isinstance(n, ast.Name) and n.id in ("getattr", "vars") for n in ast.walk(function)):
             return list(children.values())
     return list(used.values())
 
 
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
+def in_containers(value: Any) -> Iterator[nn.Module]:
+    """The modules in a list, tuple or dict: `self.layers = [self.conv, self.relu]`, which is no child."""
+    if isinstance(value, list | tuple | set):
+        for item in value:
+            yield from [item] if isinstance(item, nn.Module) else in_containers(item)
+    elif type(value) is dict:
+        yield from in_containers(list(value.values()))
 
 
-def _calls_in(function: ast.AST) -> set[int]:
-    """The ids of the nodes ``self.x`` that are called, alone or one element after the other."""
-    found: set[int] = set()
+def _calls_in(function: ast.AST) -> tuple[set[int], set[int]]:
+    """The ids of the nodes ``self.x`` that are called, and of those whose elements are called one after the other."""
+    whole: set[int] = set()
+    elements: set[int] = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Call):
-            func = node.func
-            if isinstance(func, ast.Subscript):  # self.blocks[i](x)
-                func = func.value
-            found.add(id(func))
+            if isinstance(node.func, ast.Subscript):  # self.blocks[i](x)
+                elements.add(id(node.func.value))
+            else:
+                whole.add(id(node.func))
         elif isinstance(node, ast.For) and isinstance(node.target, ast.Name):
             source = node.iter
             if isinstance(source, ast.Call) and isinstance(source.func, ast.Name) and len(source.args) == 1:
@@ -109,32 +143,5 @@ def _calls_in(function: ast.AST) -> set[int]:
             uses = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == node.target.id]
             plain = {id(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
             if all(id(use) in plain or use is node.target for use in uses):
-                found.add(id(source))
-    return found
-
-
-def _functions(kind: type[nn.Module]) -> list[ast.AST] | None:
-    """The source of the methods that run a module, and of those they call; None where there is none."""
-    found: dict[str, ast.AST] = {}
-    waiting = [name for name in ENTRIES if name in _methods(kind)]
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        function = getattr(kind, name)
-        if (getattr(function, "__module__", "") or "").partition(".")[0] in ("torch", "pytorch_lightning", "lightning"):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-        except (OSError, TypeError, SyntaxError):
-            return None
-        found[name] = tree
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and _is_self(node.value) and node.attr in _methods(kind):
-                waiting.append(node.attr)
-    return list(found.values())
-
-
-def _methods(kind: type[nn.Module]) -> set[str]:
-    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    return {name for base in own for name, value in vars(base).items() if inspect.isfunction(value)}
+                elements.add(id(source))
+    return whole, elements

@@ -1,19 +1,16 @@
-"""A forward with generated code, for what is written as functions and not as layers.
-
-It stands on the instance, in front of the class's own forward: the class, its other methods, its children
-and their names stay what they are.
-"""
+"""A forward with generated code, for what is written as functions and not as layers."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
+from collections.abc import Mapping
 from types import CodeType, ModuleType
 from typing import Any
 
 from torch import fx, nn
 
 from dlfast.fusion.chain import Chain
+from dlfast.fusion.guard import GuardedForward
 from dlfast.fusion.source import MISSING
 from dlfast.fusion.tracing import Level
 from dlfast.nn.relu_pool import relu_pool2d
@@ -23,19 +20,23 @@ class CannotRewrite(Exception):
     """The generated code would not mean the same; the message says why."""
 
 
-class RewrittenForward:
+class RewrittenForward(GuardedForward):
     """The forward of `module` without the places that a fused layer took over.
 
-    `constants` are attributes of the module as the code has them: it refuses to run with others.
+    `flags` are all attributes of the module that the code has taken in, `layers` the layers of its chains.
     """
 
     def __init__(
-        self, module: nn.Module, sources: dict[bool, str], names: dict[str, tuple[str, str]], constants: dict[str, Any]
+        self,
+        module: nn.Module,
+        flags: Mapping[str, Any],
+        layers: Mapping[str, nn.Module],
+        sources: dict[bool, str],
+        names: dict[str, tuple[str, str]],
     ) -> None:
-        self.module = module
+        super().__init__(module, flags, layers)
         self.sources = sources
         self.names = names
-        self.constants = constants
         self._compile()
 
     def _compile(self) -> None:
@@ -47,19 +48,8 @@ class RewrittenForward:
             self._forward[mode] = made["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
-        for name, value in self.constants.items():
-            if getattr(module, name) != value:
-                raise RuntimeError(
-                    f"{type(module).__name__}.{name} was {value!r} when the model was fused and is now "
-                    f"{getattr(module, name)!r}: call dlfast.unfuse, change it, and fuse again"
-                )
-        return self._forward[module.training](module, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        whole = inspect.signature(type(self.module).forward)
-        return whole.replace(parameters=list(whole.parameters.values())[1:])
+        self.check()
+        return self._forward[self.module.training](self.module, *args, **kwargs)
 
     @property
     def __code__(self) -> CodeType:
@@ -75,10 +65,12 @@ class RewrittenForward:
         self._compile()
 
 
-def rewrite(level: Level, chains: list[Chain], removed: dict[bool, set[fx.Node]]) -> RewrittenForward:
+def rewrite(
+    level: Level, chains: list[Chain], removed: dict[bool, set[fx.Node]], layers: Mapping[str, nn.Module]
+) -> RewrittenForward:
     """The forward of `level` without the nodes in `removed`.
 
-    A chain of `chains` that begins in a function becomes a call of `relu_pool2d`, in place of its last node.
+    A chain of `chains` that begins in a function becomes a call of `relu_pool2d`, in place of its first node.
 
     Raises:
         CannotRewrite: something in the graph has no name by which code could reach it again.
@@ -102,15 +94,17 @@ def rewrite(level: Level, chains: list[Chain], removed: dict[bool, set[fx.Node]]
         sources[mode] = code.src
         for name, value in code.globals.items():
             names[name] = _place_of(name, value)
-    return RewrittenForward(level.module, sources, names, level.findings.constants)
+    findings = level.findings
+    return RewrittenForward(level.module, findings.constants | findings.flags, layers, sources, names)
 
 
 def _call_function(graph: fx.Graph, chain: Chain, copied: dict[fx.Node, fx.Node], mode: bool) -> None:
-    pool = copied[chain.sites[-1].nodes[mode]]
-    with graph.inserting_after(pool):
+    """In place of the ReLU: what stands between it and the pooling then acts on the maxima of what it acted on."""
+    relu = copied[chain.head.nodes[mode]]
+    with graph.inserting_after(relu):
         call = graph.call_function(relu_pool2d, (), chain.window.options())
-    pool.replace_all_uses_with(call)
-    call.args = (pool,)
+    relu.replace_all_uses_with(call)
+    call.args = (relu,)
 
 
 def _place_of(name: str, value: Any) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import inspect
 import textwrap
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ SCRIPTING = {"torch.jit.is_scripting", "torch.jit.is_tracing"}
 COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 MISSING = object()
+A_LAYER = "a layer"  # in place of a layer, of which a forward asks whether it is there
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Findings:
     not_rewritten: str = ""  # why generated code may not replace it
     reads_training: bool = False
     constants: dict[str, Any] = field(default_factory=dict)  # attributes of the module that a trace freezes
+    flags: dict[str, Any] = field(default_factory=dict)  # those, by their path, that may decide which layers are called
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,26 @@ class _Reader(ast.NodeVisitor):
         if isinstance(test, ast.Tuple | ast.List | ast.Set):
             return all(self._stays(value) for value in test.elts)
         if isinstance(test, ast.Attribute):
-            value = self._value(test)
-            return value is not MISSING and isinstance(value, (*PLAIN, tuple, list, nn.Module))
+            return self._is_flag(test)
         if isinstance(test, ast.Call):
             name = ast.unparse(test.func)
             if name in SCRIPTING:
                 return True
             return name == "len" and self._stays(test.args[0])
-        return isinstance(test, ast.Name) and self._global(test.id) in (True, False, None)
+        return False
+
+    def _is_flag(self, test: ast.Attribute) -> bool:
+        """Whether `test` is reached from the module and can be compared with what it is now, which is noted."""
+        path = ast.unparse(test).partition(".")[2]
+        if path == "training" and self._value(test) is not MISSING:
+            return True
+        value = self._value(test)
+        if value is MISSING or test.attr == "training":  # the mode of a child is not traced both ways
+            return False
+        if not isinstance(value, nn.Module) and not is_plain(value):
+            return False
+        self.found.flags[path] = A_LAYER if isinstance(value, nn.Module) else copy.deepcopy(value)
+        return True
 
     # ---- Effects
 
@@ -250,7 +265,10 @@ class _Reader(ast.NodeVisitor):
         if value is MISSING:
             self._not_rewritten(node, f"reads `{ast.unparse(node)}`, which is not there")
         elif is_plain(value):
-            self.found.constants[node.attr] = value
+            self.found.constants[node.attr] = copy.deepcopy(value)
+            # A number that is not a whole one decides only where it is compared.
+            if not isinstance(value, float | torch.dtype | torch.device):
+                self.found.flags[node.attr] = copy.deepcopy(value)
         elif not isinstance(value, nn.Module | torch.Tensor) and not callable(value):
             self._not_rewritten(node, f"reads `{ast.unparse(node)}`, which a trace would freeze")
 
@@ -284,6 +302,14 @@ def _root(node: ast.expr) -> ast.expr:
     while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node
+
+
+def value_at(module: nn.Module, path: tuple[str, ...]) -> Any:
+    """The attribute of `module` at `path` as it is now, as `Findings.flags` has it."""
+    value: Any = module
+    for part in path:
+        value = getattr(value, part, MISSING)
+    return A_LAYER if isinstance(value, nn.Module) else value
 
 
 def is_plain(value: Any) -> bool:

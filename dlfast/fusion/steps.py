@@ -41,6 +41,7 @@ POOL_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 }
 POOL_NAMES = {"max_pool2d": F.max_pool2d, "adaptive_max_pool2d": F.adaptive_max_pool2d}
 NOT_FUSED_ACTIVATIONS = (nn.SiLU, nn.Hardswish, nn.GELU, nn.Mish, nn.ELU, nn.PReLU, nn.Softplus)
+NOT_FUSED_FUNCTIONS: set[Any] = {F.silu, F.hardswish, F.gelu, F.mish, F.elu, F.prelu, F.softplus}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def recognise(node: fx.Node, root: nn.Module) -> Step:
 
 def _of_module(node: fx.Node, module: nn.Module) -> Step:
     kind = type(module)
-    why_not = _hooks_of(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
+    why_not = hooks_of(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         return Step("conv", node, module, why_not=why_not or _extras_of(module))
     if kind is nn.BatchNorm2d:
@@ -135,6 +136,8 @@ def _of_method(node: fx.Node) -> Step:
 
 def _of_function(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
     kwargs.pop("input", None)
+    if target in NOT_FUSED_FUNCTIONS:
+        return Step("other", node, why_not=f"{target.__name__} is not fused")
     if any(isinstance(value, fx.Node) for value in (*args, *kwargs.values())):
         return Step("other", node)
     if target in RELU_FUNCTIONS:
@@ -170,7 +173,7 @@ def _extras_of(conv: nn.Conv2d) -> str:
     return ""
 
 
-def _hooks_of(module: nn.Module) -> str:
+def hooks_of(module: nn.Module) -> str:
     """Hooks that would see something else, or nothing, when another module does the work."""
     for kind in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
         if getattr(module, kind):

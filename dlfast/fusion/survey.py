@@ -6,16 +6,18 @@ Nothing here changes the model; what is decided here `dlfast.fusion.swap` carrie
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
 from dlfast.fusion.chain import Chain, Site, chains_of, extend
-from dlfast.fusion.exposure import calls, exposed
+from dlfast.fusion.exposure import called_by_traces_alone, calls, exposed, uses_of
 from dlfast.fusion.gain import Shapes, weigh
-from dlfast.fusion.steps import Step
+from dlfast.fusion.guard import is_guarded
+from dlfast.fusion.methods import Uses
+from dlfast.fusion.steps import Step, hooks_of
 from dlfast.fusion.tracing import Level, trace
 
 # What makes a new tensor, so that ReLU in place on it is seen by nobody else.
@@ -29,6 +31,7 @@ class Survey:
     chains: list[Chain] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
     why_not: str = ""  # for the whole model
+    alone: set[int] = field(default_factory=set)  # ids of modules that only the traced forwards call
 
     @property
     def fused(self) -> list[Chain]:
@@ -44,12 +47,19 @@ class Survey:
         return [level for level in self.levels if level.why_not]
 
 
-def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
-    """Find the chains of `model`. `shapes` are the inputs of its layers where example inputs were given."""
+def survey(model: nn.Module, shapes: Shapes | None = None, held: Collection[int] = frozenset()) -> Survey:
+    """Find the chains of `model`.
+
+    `shapes` are the inputs of its layers where example inputs were given, `held` the ids of layers that somebody
+    outside of the model has and that must stay what they are.
+    """
     found = Survey(why_not=_unfit(model))
     if found.why_not:
         return found
     found.levels = [trace(name, module) for name, module in model.named_modules() if _has_own_forward(module)]
+    opened = exposed(model, found.levels)
+    found.alone = called_by_traces_alone(model, found.levels) - opened
+    found.alone -= {id(m) for m in model.modules() if id(m) in held and not m._parameters}
     by_module = {id(level.module): level for level in found.levels}
     tails: dict[int, Chain] = {}
     call_counts = calls(found.levels)
@@ -64,7 +74,8 @@ def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
             tails[id(level.module)] = tail
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found.chains.sort(key=lambda chain: order.get(chain.head.name, order.get(chain.head.level.name, 0)))
-    _check(found, model, call_counts)
+    _check(found, model, call_counts, opened)
+    _check_held(found, held)
     for chain in found.fused:
         chain.why_not = weigh(chain, shapes)
     _settle(found, call_counts)
@@ -78,7 +89,7 @@ def _unfit(model: nn.Module) -> str:
             return "it is, or contains, a scripted or frozen module"
         if type(module).__module__.startswith("torch.ao."):
             return "it is quantised, or prepared for it"
-        if "_dlfast_plain" in module.__dict__:
+        if "_dlfast_plain" in module.__dict__ or is_guarded(module):
             return "it is already fused"
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device.type for tensor in tensors}
@@ -133,7 +144,7 @@ def _extend_tails(level: Level, tails: dict[int, Chain], call_counts: dict[int, 
         for node in graph.nodes:
             if node.op == "call_module":
                 key = id(level.module.get_submodule(str(node.target)))
-                if key in tails and call_counts[key] == {level.name: 1}:
+                if key in tails and call_counts[key] == {level.name: 1} and not hooks_of(tails[key].head.level.module):
                     by_mode.setdefault(key, {})[mode] = node
     for key, nodes in by_mode.items():
         if len(nodes) == len(level.graphs):
@@ -143,13 +154,15 @@ def _extend_tails(level: Level, tails: dict[int, Chain], call_counts: dict[int, 
 # ---- What could tell the difference -------------------------------------------------------------------
 
 
-def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int]]) -> None:
-    opened = exposed(model, found.levels)
+def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int]], opened: set[int]) -> None:
+    uses = uses_of(found.levels)
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for chain in found.fused:
         levels = {id(site.level.module): site.level for site in (chain.head, *chain.sites)}
-        if any(key in opened for key in levels):
+        if any(key in opened for key in (*levels, id(chain.head.module))):
             chain.why_not = "its layers may be run one by one: they are not only called as a whole"
+        elif method := _method_that_uses(chain, uses):
+            chain.why_not = f"{method} may run its layers one by one"
         elif any(m is not None and names[id(m)] > 1 for m in (chain.head.module, chain.bn)):
             chain.why_not = "the layer is registered under several names"
         elif chain.kind == "relu" and chain.window.pool is None:
@@ -159,6 +172,25 @@ def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int
         elif chain.bn is not None and not isinstance(chain.bn.num_features, int):
             chain.why_not = "the normalisation is not initialised"
     _check_repeats(found, call_counts)
+
+
+def _check_held(found: Survey, held: Collection[int]) -> None:
+    """Whoever has the head of a chain and what follows it would see both change, or one without the other."""
+    for chain in found.fused:
+        modules = {id(site.module) for site in chain.sites if site.module is not None and not site.module._parameters}
+        if chain.kind != "relu" and id(chain.head.module) in held and any(key in held for key in modules):
+            chain.why_not = "its layers are also held outside of the model: fuse a copy, with inplace=False"
+
+
+def _method_that_uses(chain: Chain, uses: Uses) -> str:
+    """The method beside forward that runs a part of `chain` by itself, if there is one."""
+    levels = {id(site.level.module): site.level.module for site in (chain.head, *chain.sites)}
+    for site in (chain.head, *chain.sites):
+        if site.module is not None and id(site.module) in uses.called:
+            return uses.called[id(site.module)]
+    if len(levels) > 1 and id(chain.head.level.module) in uses.called:  # would now end with its parent's pooling
+        return uses.called[id(chain.head.level.module)]
+    return next((uses.opened[key] for key in levels if key in uses.opened), "")
 
 
 def _relu_may_move(chain: Chain) -> bool:
@@ -201,7 +233,11 @@ def swappable(found: Survey, call_counts: dict[int, dict[str, int]]) -> set[int]
     """The ids of the modules all of whose calls the fused chains take over."""
     taken = Counter(id(site.module) for chain in found.fused for site in chain.sites if site.module is not None)
     taken.update(id(c.head.module) for c in found.fused if c.kind == "relu" and c.head.module is not None)
-    return {key for key, count in taken.items() if call_counts.get(key) and sum(call_counts[key].values()) == count}
+    return {
+        key
+        for key, count in taken.items()
+        if key in found.alone and call_counts.get(key) and sum(call_counts[key].values()) == count
+    }
 
 
 def removed_sites(chain: Chain, whole: set[int]) -> list[Site]:

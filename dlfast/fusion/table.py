@@ -59,11 +59,16 @@ class FusionReport:
         return f"{self.model}: {len(self.chains)} chains {verb}, {len(self.refused)} left alone{saved}"
 
     def notes(self) -> list[str]:
-        """What is left alone, layers with the same reason on one line."""
+        """What is left alone, and chains that could not be longer; layers with the same reason on one line."""
         grouped: dict[str, list[str]] = {}
         for name, chain, why_not in self.refused:
             grouped.setdefault(why_not, []).append(f"{name} ({chain})")
         lines = [f"left alone: {_some(names)}: {why_not}" for why_not, names in grouped.items()]
+        ended: dict[str, list[str]] = {}
+        for fused in self.chains:
+            if fused.stop and fused.window.pool is None:
+                ended.setdefault(fused.stop, []).append(f"{fused.name} ({fused.describe()})")
+        lines += [f"no longer: {_some(names)}: {why_not}" for why_not, names in ended.items()]
         unseen: dict[str, list[str]] = {}
         for name, why_not in self.untraced:
             unseen.setdefault(why_not, []).append(name or "the model's forward")

@@ -124,7 +124,8 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
     In training the convolution's output is kept, and one pass normalises it, applies the ReLU and pools;
     backward keeps beside that output one byte per pooled element. In evaluation the normalisation is folded
     into the weight and the bias of the convolution: when first needed, and again when one of them has
-    changed. Where gradients of the parameters are asked for in evaluation, nothing is folded.
+    changed (on other devices than the CPU, a change through ``.data`` is seen after ``train()`` or ``eval()``).
+    Where gradients of the parameters are asked for in evaluation, nothing is folded.
 
     Its children: its own ``weight`` and ``bias``, and ``bn``, a :class:`torch.nn.BatchNorm2d`.
 
@@ -140,7 +141,8 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
         - output: as of the convolution and the pooling one after the other
 
     Raises:
-        ValueError: an argument is outside what is accepted; (in the call, in training) one value per channel.
+        ValueError: an argument is outside what is accepted; (in the call) input of other than four dimensions;
+            (in the call, in training) one value per channel.
         RuntimeError: (in the call) shapes, dtypes or devices do not fit.
 
     >>> import torch, dlfast
@@ -216,8 +218,14 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
         layer.train(conv.training)
         return layer
 
+    def train(self: Self, mode: bool = True) -> Self:
+        """As of every module; also drops the folded weight, which is made anew when it is needed."""
+        self.__dict__.pop("_folded", None)
+        return super().train(mode)
+
     def forward(self, input: Tensor) -> Tensor:
         bn = self.bn
+        bn._check_input_dim(input)
         if uses_batch_statistics(bn) or not may_fold(self, bn) or is_exporting():
             return normalise(bn, self._block(input, self.weight, self.bias, CONVOLUTION), self.window)
         weight, bias = Folded.of(self, bn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +45,15 @@ class Folded:
     """Folded tensors, with what tells whether they still hold.
 
     A version counter and an address tell of every change that PyTorch's own operators, optimizers and
-    ``load_state_dict`` make. What is written through ``.data`` leaves no trace there, so that the vectors
-    and a sample of the weight are compared as well.
+    ``load_state_dict`` make. What is written through ``.data`` leaves no trace there, so that on the CPU the
+    vectors and a sample of the weight are compared as well. On other devices that would wait for the device in
+    every layer; there ``train()`` and ``eval()``, which drop the folded tensors, tell of such a change.
     """
 
     weight: Tensor
     bias: Tensor
     key: tuple[object, ...]
-    sample: Tensor
+    sample: Tensor | None  # None: not on the CPU
 
     SAMPLED = 64
 
@@ -64,21 +67,53 @@ class Folded:
         with torch.inference_mode(False), torch.no_grad():
             sample = cls._sample_of(tensors)
             kept: Folded | None = conv.__dict__.get("_folded")
-            if kept is None or kept.key != key or not torch.equal(kept.sample, sample):
+            if kept is None or kept.key != key or not _same(kept.sample, sample):
                 kept = conv.__dict__["_folded"] = cls(*fold(conv, bn), key, sample)
         return kept.weight, kept.bias
 
     @classmethod
-    def _sample_of(cls, tensors: list[Tensor]) -> Tensor:
+    def _sample_of(cls, tensors: list[Tensor]) -> Tensor | None:
         weight, *vectors = tensors
-        step = max(1, weight.numel() // cls.SAMPLED)
-        return torch.cat([weight.detach().reshape(-1)[::step].float(), *(v.detach().float() for v in vectors)])
+        if weight.device.type != "cpu":
+            return None
+        some = sample(weight.detach(), cls.SAMPLED)
+        return torch.cat([some.float(), *(v.detach().float() for v in vectors)])
+
+
+def sample(weight: Tensor, count: int) -> Tensor:
+    """`count` elements of `weight`, or all if it has fewer, from all over its memory.
+
+    >>> sample(torch.arange(24).view(2, 3, 4), 4)
+    tensor([ 0, 13,  2, 15])
+    """
+    numel = weight.numel()
+    reach = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True)) + 1
+    if reach != numel:  # memory with gaps, or elements that share it
+        weight = weight.contiguous()
+    return weight.as_strided((numel,), (1,))[_places(numel, count)]
+
+
+@functools.lru_cache(maxsize=256)
+def _places(numel: int, count: int) -> Tensor:
+    """Steps of about the golden section: they fall on all channels and taps alike, whatever the sizes are."""
+    step = int(numel * 0.6180339887)
+    while math.gcd(step, numel) > 1:
+        step -= 1
+    return torch.arange(min(count, numel), device="cpu") * step % max(numel, 1)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _may_keep(tensors: list[Tensor]) -> bool:
-    """Not while somebody traces, on tensors that are not plain, or that count no versions."""
+    """Not while somebody traces, on tensors that are not plain, or that count no versions.
+
+    In a CUDA graph that is captured the fold is part of the graph, and its tensors belong to it.
+    """
     if (
-        torch.compiler.is_compiling()
+        (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
     ):

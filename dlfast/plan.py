@@ -185,7 +185,9 @@ def _plan_from(rows: list[Row], training: bool, input: Tensor) -> Plan:
         if eager < ours:
             paths, reason = ["eager"] * 3, "PyTorch's kernels"
         reason += f"; measured as a whole: {eager * 1e3:.3g} ms by PyTorch's kernels, {ours * 1e3:.3g} ms by ours"
-    return Plan(*paths, reason, gain, flops, parts[0].chosen.bytes, tuple(needed), floor)
+    forward, grad_input, grad_weight = paths
+    moved = parts[0].chosen.bytes
+    return Plan(forward, grad_input, grad_weight, reason, gain, flops, moved, tuple(needed), floor)
 
 
 def _reason(parts: list[Part]) -> str:

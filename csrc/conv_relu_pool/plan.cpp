@@ -260,9 +260,14 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
                             round_up(static_cast<double>(p.conv.output_size[1]), 4) *
                             static_cast<double>(p.conv.batch) * s.groups;
     const double sums = 36.0 * s.groups * s.in * s.out;
+    // Fewer channels than lanes are transformed one by one.
+    const auto transformed = [&](double channels) {
+      return channels < s.lanes ? channels * s.lanes : channels;
+    };
     b.ways.add(Path::winograd4,
                2.0 * elements * s.in * s.out / kWeightProductSpeed +
-                   (elements + sums / s.out) * (s.in + s.out) * kTransformFlops / level_speed() +
+                   (elements * (transformed(s.in) + transformed(s.out)) + 2 * sums) * kTransformFlops /
+                       level_speed() +
                    2 * kPyTorchCall * b.threads,
                b.own_bytes + 2.0 * 4.0 * (elements * (s.in + s.out) + sums));
   }

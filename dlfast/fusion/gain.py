@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dlfast._native import runs_on
 from dlfast.fusion.chain import Chain
+from dlfast.nn.batch_norm import CONVOLUTION
 from dlfast.nn.conv import ConvReLUPool2d
 from dlfast.plan import Plan, plan_block
 
@@ -54,8 +55,7 @@ def _measure(chain: Chain, shape: torch.Size, dtype: torch.dtype) -> str:
             z = torch.empty(convolved(conv, shape), dtype=dtype)
         if chain.adaptive is not None and ordinary(chain.adaptive, z.shape[-2:]) is None:
             return f"the adaptive pooling is no ordinary one at {tuple(z.shape[-2:])}"
-        if chain.bn is None:
-            chain.plan = _plan(conv, chain, shape, dtype)
+        chain.plan = _plan(conv, chain, shape, dtype)
     else:
         z = torch.empty(shape, dtype=dtype, device="meta")
     if chain.window.pool is not None:
@@ -106,8 +106,8 @@ def _bytes_saved(chain: Chain, z: Tensor) -> int:
 def _plan(conv: nn.Conv2d, chain: Chain, shape: torch.Size, dtype: torch.dtype) -> Plan:
     block = ConvReLUPool2d.__new__(ConvReLUPool2d)
     block.__dict__.update(conv.__dict__)
-    window = chain.window
-    options = window.options()
+    # Under a normalisation the convolution is an operator of its own, but for evaluation.
+    options = (chain.window if chain.bn is None else CONVOLUTION).options()
     if chain.adaptive is not None:
         size = ordinary(chain.adaptive, tuple(convolved(conv, shape)[-2:]))
         options.update(pool_size=size, pool_stride=size)

@@ -128,15 +128,11 @@ def _some(names: list[str]) -> str:
 
 
 def _path(chain: Chain) -> str:
-    if chain.bn is not None and chain.kind == "conv":
-        on_cpu = chain.bn.running_mean is None or chain.bn.running_mean.device.type == "cpu"
-        training = "one pass after the convolution" if on_cpu else "PyTorch's operators"
-        return f"training: {training}; evaluation: folded into it"
     if chain.kind != "conv":
         return "one pass"
-    if chain.plan is None:
-        return "one operator"
-    return f"{chain.plan.forward}, backward {chain.plan.grad_input} and {chain.plan.grad_weight}"
+    plan = chain.plan
+    how = "one operator" if plan is None else f"{plan.forward}, backward {plan.grad_input} and {plan.grad_weight}"
+    return how if chain.bn is None else f"{how}; one pass after it, in evaluation folded into it"
 
 
 def _megabytes(count: int | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from dlfast.nn.conv import ConvReLUPool2d

@@ -6,9 +6,12 @@
 namespace dlfast::optim {
 namespace {
 
+// 64 registers a thread. Left to itself, ptxas aims at more blocks for sm_100 and spills a few bytes.
+constexpr int kNormBlocksPerSm = 4;
+
 // inspect: registers 64, static 256, holds LDG.128|LD.128
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kNormBlocksPerSm)
     grad_norm_kernel(const __grid_constant__ Table table, const __grid_constant__ StepScalars s, int index,
                      bool adds) {
   __shared__ SumShared shared;

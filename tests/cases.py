@@ -76,6 +76,10 @@ CONVS: list[Case] = [
     Case(kernel=(3, 1), conv={"dilation": (2, 2), "padding": 1}),
     Case(c=4, k=6, conv={"groups": 2, "padding": 1}),
     Case(c=6, k=6, conv={"groups": 6, "padding": 1}),
+    # As many outputs as one of the CPU's blocks has (8, 16 or 32, by the SIMD level), in several groups.
+    Case(c=8, k=8, conv={"groups": 8, "padding": 1}),
+    Case(c=16, k=16, conv={"groups": 16, "padding": 1}),
+    Case(c=32, k=32, conv={"groups": 8, "stride": 2, "padding": 1}),
     Case(c=4, k=8, conv={"groups": 4, "stride": 2, "padding": 2}),
     Case(c=1, k=32, h=14, w=14, conv={"padding": 1}),
     Case(c=1, k=16, h=7, w=6, conv={"padding": 1}),
@@ -100,6 +104,7 @@ SAMPLE: list[Case] = [
     Case(pool={"pool": "avg", "activation": None}),
     Case(pool={"pool": None}),
     Case(c=4, k=6, conv={"groups": 2, "padding": 1}, pool={"activation": None}),
+    Case(c=16, k=16, conv={"groups": 4, "padding": 1}, pool={"pool": None}),
 ]
 
 

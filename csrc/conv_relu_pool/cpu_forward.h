@@ -103,9 +103,11 @@ struct Forward {
     const int64_t pixel_stride = p.pool.channels_last ? total : 1;
     const int64_t at = band.image * total * plane + k * channel_stride + first * pixel_stride;
 
-    PooledTile tile{y_tile, reinterpret_cast<uint8_t*>(y_tile + sizes.y), kBlock, channels};
+    PooledTile tile{y_tile, reinterpret_cast<uint8_t*>(y_tile + sizes.y), kBlock, channels, true};
     if constexpr (std::is_same_v<T, float>) {
-      if (p.pool.channels_last) tile = {y + at, code == nullptr ? nullptr : code + at, total, channels};
+      if (p.pool.channels_last) {
+        tile = {y + at, code == nullptr ? nullptr : code + at, total, channels, false};
+      }
     }
     if (code == nullptr) tile.code = nullptr;
 

@@ -10,13 +10,14 @@ constexpr int kBlock = 2 * kLanes;  // output channels computed together
 // `flush` turns into rows of the output.
 struct PooledTile {
   float* y;
-  uint8_t* code;         // null if not wanted
-  int64_t pixel_stride;  // between pooled pixels, in elements
-  int64_t channels;      // of the block that exist
+  uint8_t* code;          // null if not wanted
+  int64_t pixel_stride;   // between pooled pixels, in elements
+  int64_t channels;       // of the block that exist
+  bool has_whole_blocks;  // or what follows the channels is somebody else's
 
   template <int VECTORS>
   DLFAST_INLINE void put(int64_t pixel, const Winner<F> (&winners)[VECTORS]) const {
-    if (channels >= VECTORS * kLanes || pixel_stride == kBlock) {
+    if (channels >= VECTORS * kLanes || has_whole_blocks) {
       for (int v = 0; v < VECTORS; ++v) {
         store(y + pixel * pixel_stride + v * kLanes, winners[v].value);
         if (code != nullptr) store_code(code + pixel * pixel_stride + v * kLanes, winners[v].position);

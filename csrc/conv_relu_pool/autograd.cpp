@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "conv_relu_pool/measure_block.h"
+#include "conv_relu_pool/op.h"
 #include "conv_relu_pool/op_geometry.h"
 
 namespace dlfast {
@@ -282,6 +283,10 @@ Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Optiona
                                                         (bias && bias->defined() && bias->requires_grad()));
   if (input.dim() == 3)
     return std::get<0>(call_forward(input.unsqueeze(0), weight, bias, g, save_code)).squeeze(0);
+  const PoolArgs pooling{g.activation, g.pool, g.pool_size, g.pool_stride, g.pool_padding, g.ceil_mode};
+  if (is_plain_convolution(input, weight, {g.stride, g.padding, g.dilation, g.groups}, pooling, save_code)) {
+    return at::conv2d(input, weight, bias, g.stride, g.padding, g.dilation, g.groups);
+  }
 #ifdef DLFAST_WITH_CUDA
   const auto ours = [&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
     return std::get<0>(call_forward(x, w, b, g, save_code));

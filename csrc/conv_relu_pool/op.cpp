@@ -431,6 +431,22 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
 
 }  // namespace
 
+bool is_plain_convolution(const Tensor& input, const Tensor& weight, const BlockArgs& block,
+                          const PoolArgs& pooling, bool backward) {
+  if (pooling.pool || pooling.activation || !input.is_cpu() || input.numel() == 0 ||
+      input.key_set().has(c10::DispatchKey::Python) || !weight.is_cpu() || input.dim() != 4) {
+    return false;
+  }
+  constexpr const char* op = "conv_relu_pool2d";
+  const Dtype dtype = check_dtype(op, "input", input);
+  check_alike(op, "weight", weight, "input", input);
+  const ConvBlockParams p = check_block(op, input, weight, block, pooling);
+  const PlanContext context = context_of(input, dtype, backward);
+  const auto pytorch = [](const Choice& choice) { return choice.path() == Path::pytorch; };
+  return pytorch(plan_forward(p, context)) &&
+         (!backward || (pytorch(plan_grad_weight(p, context)) && pytorch(plan_grad_input(p, context))));
+}
+
 BlockPlan plan_block(const Tensor& input, const Tensor& weight, const BlockArgs& block,
                      const PoolArgs& pooling, bool save_code, std::array<bool, 3> mask) {
   constexpr const char* op = "plan_block";

@@ -12,6 +12,11 @@ struct BlockPlan {
   Choice forward, grad_input, grad_weight;
 };
 
+// Whether PyTorch's own kernels, forward and, where there will be one, backward, are what the plan of a
+// convolution with nothing after it would run anyway.
+bool is_plain_convolution(const at::Tensor& input, const at::Tensor& weight, const BlockArgs& block,
+                          const PoolArgs& pooling, bool backward);
+
 // The plan of a block for these tensors, batched, with the number of threads set now; mask says which of
 // grad_input, grad_weight and grad_bias a backward wants. Raises as the operator.
 BlockPlan plan_block(const at::Tensor& input, const at::Tensor& weight, const BlockArgs& block,

@@ -165,6 +165,16 @@ bool accepts_forward(ConvBlockParams p, int64_t winograd, const PlanContext& con
   return forward_fits(p, context.dtype, context.save_code);
 }
 
+// A convolution with nothing after it: only fewer multiplications can be faster than PyTorch's.
+bool is_alone(const ConvBlockParams& p) {
+  return p.pool.pool == Pool::none && p.pool.activation == Activation::none;
+}
+
+// Lists and packing per group: with few channels in each they cost more than they save.
+bool worth_it(const Sizes& s, std::string_view forced) {
+  return s.groups == 1 || s.in >= s.lanes || forced != "";
+}
+
 // What grad_weight and grad_input have in common; PyTorch's way is among `ways` already.
 struct Backward {
   std::string_view forced = forced_cpu_plan();
@@ -180,14 +190,14 @@ struct Backward {
     ways.add(Path::pytorch,
              convolution_flops(p.conv) / pytorch_speed(p, context.dtype, kPyTorchBackwardSpeed) +
                  2 * kPyTorchCall * threads,
-             own_bytes + 2 * s.z * s.element);
+             own_bytes + (is_alone(p) ? 0.0 : 2 * s.z * s.element));
   }
 
   static bool relu_only(const ConvBlockParams& p) {
     return p.pool.pool == Pool::none && p.pool.activation == Activation::relu;
   }
-  // Lists and packing per group: with few channels in each they cost more than they save.
-  bool worth_it() const { return s.groups == 1 || s.in >= s.lanes || forced != ""; }
+  bool worth_it() const { return dlfast::worth_it(s, forced); }
+  bool worth_listing(const ConvBlockParams& p) const { return worth_it() && (!is_alone(p) || forced != ""); }
   void add_sparse() {
     const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
     ways.add(Path::sparse, products / (kSparseSpeed * level_speed()) + listing, own_bytes);
@@ -219,12 +229,13 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
   const double threads = static_cast<double>(context.threads), flops = convolution_flops(p.conv);
   const double code = context.save_code && p.pool.pool == Pool::max ? s.y : 0.0;
   const double own_bytes = (s.input + s.weight + s.y) * s.element + code;
-  const double passes = p.pool.pool == Pool::none ? 2.0 : 1.0;  // ReLU alone reads and writes z once more
+  // After the convolution: ReLU alone reads and writes z once more than a pass that pools.
+  const double passes = is_alone(p) ? 0.0 : p.pool.pool == Pool::none ? 2.0 : 1.0;
   Candidates ways(context);
   ways.add(Path::pytorch, flops / pytorch_speed(p, context.dtype, kPyTorchSpeed) + 2 * kPyTorchCall * threads,
            own_bytes + passes * 2 * s.z * s.element);
-  if (forced == "epilogue") return ways.choice();
-  if (accepts_forward(p, 0, context)) {
+  if (forced == "epilogue" || !worth_it(s, forced)) return ways.choice();
+  if ((!is_alone(p) || forced != "") && accepts_forward(p, 0, context)) {
     const double used = s.out / round_up(s.out, s.lanes);
     ways.add(Path::direct, flops / (kDirectSpeed * used * level_speed()) + kOwnCall * threads, own_bytes);
   }
@@ -248,14 +259,14 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   const Sizes& s = b.s;
   if (b.forced == "epilogue") return b.ways.choice();
   const CpuKernels& kernels = cpu_kernels();
-  if (b.worth_it() && grad_weight_fits(p, false, context.dtype, kernels)) b.add_sparse();
-  if (b.worth_it() && grad_weight_fits(p, true, context.dtype, kernels)) {
+  if (b.worth_listing(p) && grad_weight_fits(p, false, context.dtype, kernels)) b.add_sparse();
+  if (b.worth_listing(p) && grad_weight_fits(p, true, context.dtype, kernels)) {
     const double patch = round_up(s.taps * s.in, s.lanes);
     const double gathered = s.z / s.out * patch * kGatherFlops;
     b.ways.add(Path::patches, (2.0 * b.live * patch / kSparseSpeed + gathered) / level_speed() + b.listing,
                b.own_bytes);
   }
-  if (p.pool.pool == Pool::none && accepts_forward(p, 4, context)) {
+  if (b.worth_it() && p.pool.pool == Pool::none && accepts_forward(p, 4, context)) {
     const double elements = 36.0 / 16.0 * round_up(static_cast<double>(p.conv.output_size[0]), 4) *
                             round_up(static_cast<double>(p.conv.output_size[1]), 4) *
                             static_cast<double>(p.conv.batch) * s.groups;
@@ -283,7 +294,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   Backward b(p, context);
   const Sizes& s = b.s;
   if (b.forced == "epilogue") return b.ways.choice();
-  if (b.worth_it() && grad_input_fits(p, context.dtype)) b.add_sparse();
+  if (b.worth_listing(p) && grad_input_fits(p, context.dtype)) b.add_sparse();
   if (p.pool.pool == Pool::none && accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 &&
       p.conv.padding[1] <= 2) {
     const double batch = static_cast<double>(p.conv.batch);

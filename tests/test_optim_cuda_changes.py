@@ -1,5 +1,7 @@
 """On CUDA: numbers that only the device knows, averages without a gradient, and tensors that change devices."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from optim_cases import NAMES, OPTIONS, assert_same, set_grads, tolerance
@@ -30,14 +32,21 @@ def put_on_device(group):
         group["betas"] = tuple(torch.tensor(b, dtype=torch.float64, device="cuda") for b in group["betas"])
 
 
-@by_name
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_numbers_on_the_device_are_not_waited_for(name, nesterov):
-    options = dict(OPTIONS[name])
-    if nesterov:
-        if name != "SGD":
-            pytest.skip("has no such option")
-        options = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+@contextmanager
+def without_waiting():
+    """What waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+NESTEROV = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+
+
+@pytest.mark.parametrize(("name", "options"), [*OPTIONS.items(), ("SGD", NESTEROV)])
+def test_numbers_on_the_device_are_not_waited_for(name, options):
     cpu, gpu = parameters("cpu"), parameters()
     other, opt = (getattr(dlfast.optim, name)(params, **options) for params in (cpu, gpu))
     put_on_device(opt.param_groups[0])
@@ -45,11 +54,8 @@ def test_numbers_on_the_device_are_not_waited_for(name, nesterov):
     for _ in range(3):
         set_grads(generator, cpu, gpu)
         other.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting():
             opt.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert_same(gpu, cpu, tolerance(torch.float32, 3))
 
 
@@ -96,11 +102,8 @@ def test_averages_of_parameters_without_gradient(name, how):
             cpu[2].grad = gpu[2].grad = None
         before = opt.state[gpu[2]]["ema"].clone() if step else None
         other.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting():
             opt.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         if step:
             assert torch.equal(opt.state[gpu[2]]["ema"], before) is skipped
     assert_same([opt.state[p]["ema"] for p in gpu], [other.state[p]["ema"] for p in cpu], tolerance(torch.float32, 5))

@@ -203,14 +203,13 @@ bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const SparseGrad
 // grad_weight where nothing was pooled, by Winograd's method: our transforms around PyTorch's matrix
 // products.
 bool winograd_grad_weight(ConvBlockParams p, Dtype dtype, const SparseGradient& gradient, const Tensor& input,
-                          Tensor& grad_weight, Tensor& grad_bias) {
+                          Tensor& grad_weight) {
   constexpr int64_t kElements = 36;  // of a transformed tile
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads(), in = p.conv.group_in(), out = p.conv.group_out();
   prepare_forward(p, Path::winograd4, threads);
   const int64_t bands = kernels.weight_bands(p);
-  // As many bands at once as the bound on scratch leaves room for, or as stay in cache where those do for a
-  // product to be worth it.
+  // As many bands at once as half of the bound on scratch leaves room for.
   const auto room = static_cast<int64_t>(kMostScratchFloats) / 2 * threads;
   const int64_t per_band = std::max<int64_t>(1, kElements * kernels.weight_tiles(p, 0, 1) * (in + out));
   const int64_t at_once = std::clamp<int64_t>(room / per_band, 1, bands);
@@ -234,7 +233,6 @@ bool winograd_grad_weight(ConvBlockParams p, Dtype dtype, const SparseGradient& 
     Tensor part = grad_weight.narrow(0, group * out, out);
     if (!kernels.weight_from_sums(p, dtype, sums.const_data_ptr<float>(), part.data_ptr())) return false;
   }
-  grad_bias = gradient.grad.sum({0, 2, 3});
   return true;
 }
 
@@ -345,11 +343,11 @@ Gradients cpu_backward(const Backward& b, const PlanContext& context, Mask mask)
     Tensor own_weight = at::empty(b.weight.sizes(), b.weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, b.weight.options());
     const bool done = weight_path == Path::winograd4
-                          ? winograd_grad_weight(p, b.dtype, gradient, b.input, own_weight, own_bias)
+                          ? winograd_grad_weight(p, b.dtype, gradient, b.input, own_weight)
                           : own_grad_weight(p, b.dtype, weight_path, gradient, b.input, own_weight, own_bias);
     if (done) {
       grad_weight = own_weight;
-      if (mask[2]) grad_bias = own_bias;
+      if (mask[2]) grad_bias = weight_path == Path::winograd4 ? gradient.grad.sum({0, 2, 3}) : own_bias;
       mask[1] = mask[2] = false;
     }
   }

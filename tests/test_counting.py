@@ -66,11 +66,12 @@ def test_parts_are_those_of_the_formulas():
     """Nothing that dlfast runs is left out of what its kernels must move, but the bias of the single kernel."""
     for case in script.CASES:
         item = script.ITEMS[case.dtype]
+        single = case.way == "single"
+        step = traffic.single(case.layer, item) if single else traffic.epilogue(case.layer, item)
+        theirs = (*step.forward, *step.backward) if case.backward else step.forward
         moved = sum(script.must_move(case, part) for part in case.parts)
-        if case.way == "single":
-            step, left_out = traffic.single(case.layer, item), traffic.Sizes.of(case.layer, item).b
+        if single:
+            left_out = traffic.Sizes.of(case.layer, item).b
         else:
-            step = traffic.epilogue(case.layer, item)
-            theirs = [k for k in (*step.forward, *step.backward) if k.name.startswith("convolution")]
-            left_out = sum(kernel.bytes for kernel in theirs)
-        assert moved + left_out == sum(kernel.bytes for kernel in (*step.forward, *step.backward))
+            left_out = sum(kernel.bytes for kernel in theirs if kernel.name.startswith("convolution"))
+        assert moved + left_out == sum(kernel.bytes for kernel in theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import json
 import sys
@@ -13,7 +14,7 @@ from test_block_in_pytorch import needs_native
 
 import dlfast
 from dlfast import cli
-from dlfast.bench import accuracy, gpu, layers, overhead, problems, protocol, traffic
+from dlfast.bench import accuracy, gpu, layers, overhead, peers, problems, protocol, traffic
 from dlfast.measure import alternate, peak_bytes
 
 
@@ -186,20 +187,40 @@ def test_blocks_of_the_gpu_benchmark(monkeypatch):
     assert gpu.os.environ["DLFAST_PLAN"] == "epilogue"
 
 
-def test_apex_is_compared_only_where_it_is(monkeypatch):
-    assert list(gpu.apex_problems("lenet", "cpu")) == []
+def test_other_libraries_are_compared_only_where_they_are(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "PEERS", [peer for peer in peers.PEERS if peer.label == "Apex"])
+    assert cli.main(["bench", "peers", "--device", "cpu"]) == 2
+    assert "none of them is installed" in capsys.readouterr().err
+    assert list(peers.problems(["lenet"], "cuda")) == []
     for name in ("apex", "apex.optimizers", "amp_C"):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["apex.optimizers"].FusedSGD = torch.optim.SGD
-    sys.modules["apex.optimizers"].FusedAdam = torch.optim.AdamW
-    found = list(gpu.apex_problems("lenet", "cpu"))
-    assert [problem.name for problem in found] == ["SGD beside Apex, lenet", "AdamW beside Apex, lenet"]
+    sys.modules["apex.optimizers"].FusedAdam = lambda p, adam_w_mode, **options: torch.optim.AdamW(p, **options)
+    monkeypatch.setattr(peers, "PEERS", [dataclasses.replace(peer, devices=("cpu",)) for peer in peers.PEERS])
+    found = list(peers.problems(["lenet"], "cpu"))
+    assert [problem.name for problem in found] == ["SGD, lenet", "AdamW, lenet"]
     for problem in found:
-        assert problem.variants_by_name() == ["dlfast", "PyTorch fused", "Apex fused"]
+        assert problem.variants_by_name() == ["dlfast", "PyTorch fused", "Apex"]
         for variant in problem.variants:
             variant.calls["plain step"]()
+
+
+def test_a_library_that_takes_another_step_or_none_is_not_timed(monkeypatch):
+    def peer(build):
+        monkeypatch.setattr(torch.optim, "Other", build, raising=False)
+        monkeypatch.setattr(peers, "PEERS", [peers.Peer("other", peers.ADAMW, "torch.optim", "Other", {})])
+        return next(peers.problems(["lenet"], "cpu"))
+
+    def broken(parameters, **options):
+        raise RuntimeError("no kernel for this machine")
+
+    problem = peer(broken)
+    assert problem.variants_by_name() == ["dlfast", "PyTorch fused"]
+    assert problem.notes == ["other does not run here: no kernel for this machine"]
+    with pytest.raises(AssertionError, match="the step of other"):
+        peer(torch.optim.SGD)
 
 
 @needs_native

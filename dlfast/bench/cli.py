@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from dlfast._native import native
-from dlfast.bench import accuracy, fused, gpu, layers, optim, overhead, problems, protocol, report, traffic
+from dlfast.bench import accuracy, fused, gpu, layers, optim, overhead, peers, problems, protocol, report, traffic
 from dlfast.errors import UsageError
 from dlfast.files import write_whole
 from dlfast.models import NETWORKS
 from dlfast.plan import machine_speed
 
-TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "overhead", "accuracy", "bytes", "gpu", "fuse", *fused.MODELS]
+TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "peers", "overhead", "accuracy", "bytes", "gpu", "fuse", *fused.MODELS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     if "layers" in args.targets and native.module is None:
         raise UsageError(f"bench layers measures the compiled operators, which are not available: {native.reason}")
+    if "peers" in args.targets and not peers.installed(device):
+        known = ", ".join(dict.fromkeys(peer.label for peer in peers.PEERS if device in peer.devices))
+        raise UsageError(f"bench peers compares with {known} on the {device}, and none of them is installed")
     if "gpu" in args.targets and device != "cuda":
         raise UsageError("bench gpu needs a CUDA device, and torch sees none")
     for package in ("rich", "matplotlib"):  # say at once, not after minutes of measuring, that one is missing
@@ -138,6 +141,8 @@ def _problems(args: argparse.Namespace, device: str) -> Iterator[problems.Proble
     models = list(fused.MODELS) if "fuse" in targets else [t for t in targets if t in fused.MODELS]
     yield from fused.models(models, args.batch_size, compile, device)
     yield from optim.problems(targets, device)
+    if "peers" in targets:
+        yield from peers.problems(optim.LISTS, device)
     if "overhead" in targets:
         yield from overhead.problems(device)
     if "gpu" in targets:

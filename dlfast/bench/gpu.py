@@ -1,22 +1,22 @@
 """``dlfast bench gpu``: blocks and optimizer steps on a GPU against PyTorch at its best there.
 
 Blocks run in channels_last under each plan of dlfast, and in PyTorch with ``torch.backends.cudnn.benchmark`` and with
-``torch.compile(mode="max-autotune")``; optimizer steps against torch's fused ones, and Apex's where it is installed.
+``torch.compile(mode="max-autotune")``; optimizer steps against torch's fused ones, and against Apex's and those of
+other libraries where they are installed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 import dlfast
-from dlfast.bench import layers, optim, problems, traffic
+from dlfast.bench import layers, optim, peers, problems, traffic
 from dlfast.bench.problems import Call, Problem, Variant
 
 # Beside the plan that dlfast makes itself.
@@ -60,10 +60,10 @@ def gpu_problems(compile: bool) -> Iterator[Problem]:
             problem.calls = CALLS
             yield problem
     for parameters in ("resnet50", "mobilenet"):
-        for problem in optim.problems([f"optim-{parameters}"], "cuda"):
+        steps = chain(optim.problems([f"optim-{parameters}"], "cuda"), peers.problems([parameters], "cuda"))
+        for problem in steps:
             problem.calls = CALLS
             yield problem
-        yield from apex_problems(parameters, "cuda")
 
 
 def block_problem(layer: traffic.Layer, dtype: torch.dtype, device: str, compile: bool) -> Problem:
@@ -110,22 +110,3 @@ def _add(
 
     calls: dict[str, Call] = {"forward": forward, "forward + backward": both}
     problems.add(problem, Variant(label, label.startswith("dlfast"), calls))
-
-
-def apex_problems(name: str, device: str) -> Iterator[Problem]:
-    """The plain steps of dlfast, torch and Apex over one list of parameters, where Apex has its CUDA extensions."""
-    if importlib.util.find_spec("apex") is None or importlib.util.find_spec("amp_C") is None:
-        return
-    apex: Any = importlib.import_module("apex.optimizers")
-    for algorithm, options in (("SGD", {"lr": 1e-3, "momentum": 0.9}), ("AdamW", {"lr": 1e-3})):
-        parameters = [nn.Parameter(torch.randn(shape, device=device)) for shape in optim.shapes_of(name)]
-        for p in parameters:
-            p.grad = torch.randn_like(p)
-        fused_by_apex = apex.FusedSGD if algorithm == "SGD" else apex.FusedAdam  # whose default is AdamW's decay
-        steps = {
-            "dlfast": getattr(dlfast.optim, algorithm)(parameters, **options),
-            "PyTorch fused": getattr(torch.optim, algorithm)(parameters, fused=True, **options),
-            "Apex fused": fused_by_apex(parameters, **options),
-        }
-        variants = [Variant(label, label == "dlfast", {"plain step": o.step}) for label, o in steps.items()]
-        yield Problem(f"{algorithm} beside Apex, {name}", variants, calls=CALLS)

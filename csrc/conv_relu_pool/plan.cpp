@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "conv_relu_pool/speed.h"
+
 namespace dlfast {
 namespace {
 
@@ -107,8 +109,11 @@ struct Sizes {
 };
 
 double pytorch_speed(const ConvBlockParams& p, Dtype dtype, double usual) {
-  if (dtype == Dtype::bfloat16 || dtype == Dtype::float16) return kPyTorch16BitSpeed;
   const double few = p.conv.group_in() < kFew ? kPyTorchFewChannels : usual;
+  if (dtype == Dtype::bfloat16 || dtype == Dtype::float16) {
+    const double native = products_of_16_bits(dtype);
+    return native > 0 ? few * native : kPyTorch16BitSpeed;
+  }
   return dtype == Dtype::float64 ? few / 2 : few;
 }
 

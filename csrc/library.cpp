@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include "bn_relu_pool/tensors_state.h"
 #include "common/simd.h"
 #include "conv_relu_pool/measure_block.h"
 #include "conv_relu_pool/measure_cuda.h"
@@ -111,6 +112,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Candidates of each part of a block as (part, name, flops, bytes, seconds, chosen), seconds on CUDA "
       "only; the first row is the convolution as such, its seconds the least there can be. Where PyTorch is "
       "set to measure and has, two rows 'block' say what the whole takes by PyTorch's kernels and by ours");
+  m.def(
+      "tensors_state",
+      [](const std::vector<at::Tensor>& tensors) { return py::bytes(dlfast::tensors_state(tensors)); },
+      "What tells whether tensors have changed: address, version, layout, and on the CPU some numbers");
   m.def("peak_flops", dlfast::peak_flops, py::call_guard<py::gil_scoped_release>(),
         "Multiplications and additions of float32 per second that the threads of ATen reach");
   m.def("peak_bandwidth", dlfast::peak_bandwidth, py::call_guard<py::gil_scoped_release>(),

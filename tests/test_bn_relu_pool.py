@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cases
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import nn
 
 import dlfast
 from dlfast import reference
+from dlfast._native import native
 from dlfast.nn import batch_norm_relu_pool2d
-from dlfast.nn.folding import Folded, sample
+from dlfast.nn.folding import Folded
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(2, 3, 9, 11), (4, 17, 8, 8), (3, 33, 7, 6), (1, 8, 40, 5), (2, 1, 5, 67)]
@@ -241,6 +244,7 @@ def test_layer_trains_and_evaluates_as_its_parts(pool, options, momentum):
             torch.testing.assert_close(have, want, msg=name)
 
 
+@needs_native
 def test_folding_follows_every_change():
     torch.manual_seed(0)
     layer = dlfast.nn.ConvBNReLUPool2d(3, 8, 3, pool=None, activation=None)
@@ -301,20 +305,40 @@ def test_a_child_made_to_synchronise_is_refused_in_training():
     assert layer.eval()(torch.randn(2, 3, 4, 4)).shape == (2, 4, 2, 2)
 
 
+@needs_native
 @pytest.mark.parametrize("shape", [(64, 64, 3, 3), (48, 1, 5, 5), (8, 3, 1, 1)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_sample_of_a_weight_sees_every_tap(shape, memory_format):
-    weight = torch.randn(shape).contiguous(memory_format=memory_format)
-    some = sample(weight, 64)
-    assert some.unique().numel() == min(64, weight.numel())
+def test_the_state_of_a_weight_sees_every_tap(shape, memory_format):
+    weight = nn.Parameter(torch.randn(shape).contiguous(memory_format=memory_format))
+    state = native.module.tensors_state([weight])
+    before = weight.detach().clone()
     for tap in range(shape[2] * shape[3]):
-        other = weight.clone(memory_format=torch.preserve_format)
-        other[:, :, tap // shape[3], tap % shape[3]] += 1
-        assert not torch.equal(sample(other, 64), some)
-    gaps = torch.randn(8, 3, 6, 6)[:, :, ::2, ::2]
-    assert sample(gaps, 1000).sort().values.equal(gaps.flatten().sort().values)
+        weight.data[:, :, tap // shape[3], tap % shape[3]] += 1  # counts no version
+        assert native.module.tensors_state([weight]) != state
+        weight.data.copy_(before)
+        assert native.module.tensors_state([weight]) == state
 
 
+@needs_native
+def test_the_state_of_tensors_sees_every_number_of_small_ones():
+    state = native.module.tensors_state
+    vector, gaps = torch.randn(1000), torch.randn(4, 3, 4, 4)[:, :, ::2, ::2]
+    for tensor in (vector, vector.double(), vector.bfloat16(), gaps):
+        before = state([vector, tensor])
+        for place in range(tensor.numel()):
+            old = tensor.flatten()[place].clone()
+            index = torch.unravel_index(torch.tensor(place), tensor.shape)
+            tensor.data[index] = math.nan
+            assert state([vector, tensor]) != before
+            tensor.data[index] = old
+        assert state([vector, tensor]) == before
+    assert state([vector]) != state([vector.clone()])
+    assert state([gaps]) != state([gaps.transpose(2, 3)])
+    vector.add_(0)
+    assert state([vector, vector.bfloat16()]) != before
+
+
+@needs_native
 def test_elsewhere_than_on_the_cpu_no_values_are_looked_at():
     """They would be waited for; the meta device, which has none, stands for those."""
     layer = dlfast.nn.ConvBNReLUPool2d(3, 8, 3).eval().to("meta")

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define DLFAST_INLINE inline __attribute__((always_inline))
 #define DLFAST_INLINE_LAMBDA __attribute__((always_inline))
@@ -38,6 +39,32 @@ DLFAST_INLINE void store(T* p, V v) {
 template <typename V, typename T>
 DLFAST_INLINE V broadcast(T x) {
   return x - V{};
+}
+
+// Both compilers' name for the elements of a and, from N on, of b at constant places.
+#if defined(__clang__)
+#define DLFAST_SHUFFLE(a, b, places) __builtin_shufflevector(a, b, places)
+#else
+#define DLFAST_SHUFFLE(a, b, places) __builtin_shuffle(a, b, Vec<int32_t, N>{places})
+#endif
+
+// One step of a transpose: squares of STEP rows and columns change places across the diagonal.
+template <int STEP, typename V, int N, int... J>
+DLFAST_INLINE void exchange_squares(V (&rows)[N], std::integer_sequence<int, J...>) {
+  for (int i = 0; i < N; ++i) {
+    if (i & STEP) continue;
+    const V a = rows[i], b = rows[i + STEP];
+    rows[i] = DLFAST_SHUFFLE(a, b, ((J & STEP) ? N + J - STEP : J)...);
+    rows[i + STEP] = DLFAST_SHUFFLE(a, b, ((J & STEP) ? N + J : J + STEP)...);
+  }
+}
+#undef DLFAST_SHUFFLE
+
+// rows[i][j] and rows[j][i] change places, N being a power of two.
+template <int STEP = 1, typename V, int N>
+DLFAST_INLINE void transpose(V (&rows)[N]) {
+  exchange_squares<STEP>(rows, std::make_integer_sequence<int, N>{});
+  if constexpr (2 * STEP < N) transpose<2 * STEP>(rows);
 }
 
 }  // namespace dlfast

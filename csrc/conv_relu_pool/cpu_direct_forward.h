@@ -11,28 +11,88 @@ namespace dlfast::DLFAST_LEVEL {
 constexpr int kStrip = kLanes == 16 ? 12 : 6;   // pixels of a row
 constexpr int kWindows = kLanes == 16 ? 3 : 1;  // 2x2 windows
 
+// Where the numbers of one output channel of a weight lie, from first to last in memory, and where they go.
+// `inner` of them in a row are the channels of a tap, or the taps of a channel.
+struct WeightRun {
+  int64_t inner, outer;            // counts
+  int64_t inner_step, outer_step;  // in the weight
+  int64_t inner_to, outer_to;      // in rows of the packed weight, [kh * kw][C]
+
+  WeightRun(const ConvParams& conv, const WeightSteps& steps) {
+    const int64_t channels = conv.group_in(), taps = conv.positions();
+    const bool by_channel = steps.in == 1 || taps == 1;  // channels_last
+    inner = by_channel ? channels : taps;
+    outer = by_channel ? taps : channels;
+    inner_step = by_channel ? steps.in : steps.kernel[1];
+    outer_step = by_channel ? steps.kernel[1] : steps.in;
+    inner_to = by_channel ? 1 : channels;
+    outer_to = by_channel ? channels : 1;
+  }
+  // Whether the numbers lie together in this order, as those of a dense weight do in both formats.
+  bool is_dense(const ConvParams& conv, const WeightSteps& steps) const {
+    return inner_step == 1 && (outer == 1 || outer_step == inner) &&
+           (conv.kernel[0] == 1 || steps.kernel[0] == conv.kernel[1] * steps.kernel[1]);
+  }
+};
+
+// `lanes` output channels of `weight` as rows [kh * kw][C] of kBlock numbers.
+template <typename T>
+void pack_block(const ConvParams& conv, const WeightSteps& steps, const WeightRun& run, int64_t lanes,
+                const T* weight, float* to) {
+  const int64_t channels = conv.group_in(), count = run.inner * run.outer;
+  int64_t lane = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    using V = Vec<float, kLanes>;
+    for (; run.is_dense(conv, steps) && lane + kLanes <= lanes; lane += kLanes) {
+      const float* from = weight + lane * steps.out;
+      int64_t inner = 0, row = 0;
+      for (int64_t i = 0; i < count; i += kLanes) {
+        V rows[kLanes];
+        const auto some = static_cast<int>(std::min<int64_t>(kLanes, count - i));
+        if (some == kLanes) {
+          for (int j = 0; j < kLanes; ++j) rows[j] = load<V>(from + j * steps.out + i);
+        } else {
+          for (int j = 0; j < kLanes; ++j) {
+            rows[j] = V{};
+            for (int x = 0; x < some; ++x) rows[j][x] = from[j * steps.out + i + x];
+          }
+        }
+        transpose(rows);
+        for (int x = 0; x < some; ++x) {
+          store(to + (row + inner * run.inner_to) * kBlock + lane, rows[x]);
+          if (++inner == run.inner) {
+            inner = 0;
+            row += run.outer_to;
+          }
+        }
+      }
+    }
+  }
+  for (; lane < lanes; ++lane) {
+    for (int64_t t = 0; t < conv.positions(); ++t) {
+      const T* from = weight + lane * steps.out + t / conv.kernel[1] * steps.kernel[0] +
+                      t % conv.kernel[1] * steps.kernel[1];
+      for (int64_t c = 0; c < channels; ++c) {
+        to[(t * channels + c) * kBlock + lane] = static_cast<float>(from[c * steps.in]);
+      }
+    }
+  }
+}
+
 // weight [K, C, kh, kw] of one group as [block][kh][kw][C][kBlock], zeros beyond K.
 template <typename T>
 void pack_direct_weight(const ConvParams& conv, const WeightSteps& steps, const T* weight, float* packed) {
-  const int64_t channels = conv.group_in(), taps = conv.positions(), outputs = conv.group_out();
-  const int64_t blocks = (outputs + kBlock - 1) / kBlock;
-  at::parallel_for(
-      0, blocks, std::max<int64_t>(1, kGrain / (taps * channels * kBlock)), [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-          const int64_t k = block * kBlock, lanes = std::min<int64_t>(kBlock, outputs - k);
-          float* to = packed + block * taps * channels * kBlock;
-          if (lanes < kBlock) std::fill_n(to, taps * channels * kBlock, 0.0f);
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            for (int64_t t = 0; t < taps; ++t) {
-              const T* from = weight + (k + lane) * steps.out + t / conv.kernel[1] * steps.kernel[0] +
-                              t % conv.kernel[1] * steps.kernel[1];
-              for (int64_t c = 0; c < channels; ++c) {
-                to[(t * channels + c) * kBlock + lane] = static_cast<float>(from[c * steps.in]);
-              }
-            }
-          }
-        }
-      });
+  const int64_t size = conv.positions() * conv.group_in() * kBlock, outputs = conv.group_out();
+  const WeightRun run(conv, steps);
+  at::parallel_for(0, (outputs + kBlock - 1) / kBlock, std::max<int64_t>(1, kGrain / size),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t block = begin; block < end; ++block) {
+                       const int64_t k = block * kBlock, lanes = std::min<int64_t>(kBlock, outputs - k);
+                       float* to = packed + block * size;
+                       if (lanes < kBlock) std::fill_n(to, size, 0.0f);
+                       pack_block(conv, steps, run, lanes, weight + k * steps.out, to);
+                     }
+                   });
 }
 
 // acc[i] += the convolution at the pixel whose first tap is pixels[i]; VECTORS registers of channels each.

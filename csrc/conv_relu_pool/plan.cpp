@@ -20,6 +20,7 @@ constexpr double kPyTorchFewChannels = 0.25;  // the same with fewer than kFew i
 constexpr int64_t kFew = 8;
 constexpr double kPyTorch16BitSpeed = 0.15;  // without instructions for them
 constexpr double kDirectSpeed = 0.75;
+constexpr double kPackFlops = 20.0;           // per weight, to lay it out for the direct way
 constexpr double kWinogradSpeed = 0.62;       // of its matrix products
 constexpr double kTransformFlops = 24.0;      // per element of a transformed tile, in or out
 constexpr double kWeightProductSpeed = 0.75;  // of PyTorch's matrix products between transformed tiles
@@ -242,7 +243,9 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
   if (forced == "epilogue" || !worth_it(s, forced)) return ways.choice();
   if ((!is_alone(p) || forced != "") && accepts_forward(p, 0, context)) {
     const double used = s.out / round_up(s.out, s.lanes);
-    ways.add(Path::direct, flops / (kDirectSpeed * used * level_speed()) + kOwnCall * threads, own_bytes);
+    ways.add(Path::direct,
+             flops / (kDirectSpeed * used * level_speed()) + s.weight * kPackFlops + kOwnCall * threads,
+             own_bytes);
   }
   for (const int64_t m : {2, 4}) {
     if (!accepts_forward(p, m, context)) continue;

@@ -83,7 +83,7 @@ class ConvReLUAdaptivePool2d(ConvReLUPool2d):
         size = ordinary(self.adaptive_size, tuple(convolved(self, input.shape)[-2:]))
         if size is not None:
             window = replace(self.window, pool_size=size, pool_stride=size)
-            return self._block(input, self.weight, self.bias, window)
+            return self._block(input, self.weight, self.bias, window.options())
         z = self._conv_forward(input, self.weight, self.bias)
         pool = F.adaptive_max_pool2d if self.pool == "max" else F.adaptive_avg_pool2d
         output: Tensor = pool(F.relu(z) if self.activation else z, self.adaptive_size)  # type: ignore[arg-type]

@@ -226,9 +226,10 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
         bn = self.bn
         bn._check_input_dim(input)
         if uses_batch_statistics(bn) or not may_fold(self, bn) or is_exporting():
-            return normalise(bn, self._block(input, self.weight, self.bias, CONVOLUTION), self.window)
+            z = self._block(input, self.weight, self.bias, CONVOLUTION.options())
+            return normalise(bn, z, self.window)
         weight, bias = Folded.of(self, bn)
-        return self._block(input, weight, bias, self.window)
+        return self._block(input, weight, bias, self._window_options())
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the folded tensors, which are made anew where they are needed."""

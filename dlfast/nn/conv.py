@@ -111,7 +111,11 @@ class ConvReLUPool2d(nn.Conv2d):
     @property
     def window(self) -> Window:
         """Activation and pooling as one value."""
-        return Window(self.activation, self.pool, self.pool_size, self.pool_stride, self.pool_padding, self.ceil_mode)
+        return Window(**self._window_options())
+
+    def _window_options(self) -> dict[str, Any]:
+        """``window.options()``, which every call needs, without making the value between."""
+        return {name: getattr(self, name) for name in Window.NAMES}
 
     @classmethod
     def from_modules(
@@ -149,9 +153,9 @@ class ConvReLUPool2d(nn.Conv2d):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._block(input, self.weight, self.bias, self.window)
+        return self._block(input, self.weight, self.bias, self._window_options())
 
-    def _block(self, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    def _block(self, input: Tensor, weight: Tensor, bias: Tensor | None, window: dict[str, Any]) -> Tensor:
         padding: Size2 | str = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -165,7 +169,7 @@ class ConvReLUPool2d(nn.Conv2d):
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
-            **window.options(),
+            **window,
         )
 
     def extra_repr(self) -> str:

@@ -14,4 +14,6 @@ def is_exporting() -> bool:
     """
     if torch.compiler.is_exporting():
         return True
-    return not torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+        return False
+    return torch.onnx.is_in_onnx_export()  # the exporter that traces

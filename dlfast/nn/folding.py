@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from dlfast._native import native
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -52,58 +52,21 @@ class Folded:
 
     weight: Tensor
     bias: Tensor
-    key: tuple[object, ...]
-    sample: Tensor | None  # None: not on the CPU
-
-    SAMPLED = 64
+    eps: float
+    state: bytes
 
     @classmethod
     def of(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         """The folded weight and bias, made now or kept on `conv` from the last time."""
         tensors = _tensors(conv, bn)
-        if not _may_keep(tensors):
+        if native.module is None or not _may_keep(tensors):
             return fold(conv, bn)
-        key = (bn.eps, *((t.data_ptr(), t._version, t.dtype, t.device, t.stride()) for t in tensors))
-        with torch.inference_mode(False), torch.no_grad():
-            sample = cls._sample_of(tensors)
-            kept: Folded | None = conv.__dict__.get("_folded")
-            if kept is None or kept.key != key or not _same(kept.sample, sample):
-                kept = conv.__dict__["_folded"] = cls(*fold(conv, bn), key, sample)
+        state = native.module.tensors_state(tensors)
+        kept: Folded | None = conv.__dict__.get("_folded")
+        if kept is None or kept.state != state or kept.eps != bn.eps:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = conv.__dict__["_folded"] = cls(*fold(conv, bn), bn.eps, state)
         return kept.weight, kept.bias
-
-    @classmethod
-    def _sample_of(cls, tensors: list[Tensor]) -> Tensor | None:
-        weight, *vectors = tensors
-        if weight.device.type != "cpu":
-            return None
-        some = sample(weight.detach(), cls.SAMPLED)
-        return torch.cat([some.float(), *(v.detach().float() for v in vectors)])
-
-
-def sample(weight: Tensor, count: int) -> Tensor:
-    """`count` elements of `weight`, or all if it has fewer, from all over its memory.
-
-    >>> sample(torch.arange(24).view(2, 3, 4), 4)
-    tensor([ 0, 13,  2, 15])
-    """
-    numel = weight.numel()
-    reach = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True)) + 1
-    if reach != numel:  # memory with gaps, or elements that share it
-        weight = weight.contiguous()
-    return weight.as_strided((numel,), (1,))[_places(numel, count)]
-
-
-@functools.lru_cache(maxsize=256)
-def _places(numel: int, count: int) -> Tensor:
-    """Steps of about the golden section: they fall on all channels and taps alike, whatever the sizes are."""
-    step = int(numel * 0.6180339887)
-    while math.gcd(step, numel) > 1:
-        step -= 1
-    return torch.arange(min(count, numel), device="cpu") * step % max(numel, 1)
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _may_keep(tensors: list[Tensor]) -> bool:
@@ -112,10 +75,10 @@ def _may_keep(tensors: list[Tensor]) -> bool:
     In a CUDA graph that is captured the fold is part of the graph, and its tensors belong to it.
     """
     if (
-        (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return False
     return all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)

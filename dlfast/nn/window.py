@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dlfast.ops import Size2, pair
 
@@ -17,6 +17,8 @@ class Window:
     >>> print(Window.checked("max", 2, None, 0, False, "relu"))
     activation='relu', pool='max', pool_size=(2, 2)
     """
+
+    NAMES: ClassVar = ("activation", "pool", "pool_size", "pool_stride", "pool_padding", "ceil_mode")
 
     activation: str | None = "relu"
     pool: str | None = "max"
@@ -57,14 +59,7 @@ class Window:
 
     def options(self) -> dict[str, Any]:
         """As keyword arguments of :func:`dlfast.conv_relu_pool2d`."""
-        return {
-            "activation": self.activation,
-            "pool": self.pool,
-            "pool_size": self.pool_size,
-            "pool_stride": self.pool_stride,
-            "pool_padding": self.pool_padding,
-            "ceil_mode": self.ceil_mode,
-        }
+        return {name: getattr(self, name) for name in self.NAMES}
 
     def __str__(self) -> str:
         text = f"activation={self.activation!r}, pool={self.pool!r}"

@@ -25,6 +25,14 @@ MODELS: dict[str, int] = {
     "squeezenet1_1": 8,
     "densenet121": 4,
     "mobilenet_v3_small": 16,
+    "mobilenet_v2": 8,
+    "efficientnet_b0": 8,
+    "mnasnet1_0": 8,
+    "shufflenet_v2_x1_0": 16,
+    "regnet_y_400mf": 8,
+    "resnext50_32x4d": 4,
+    "wide_resnet50_2": 2,
+    "inception_v3": 4,
 }
 
 
@@ -38,7 +46,7 @@ def models(names: list[str], batch_size: int | None, compile: bool, device: str)
         labels = torch.randint(1000, (batch,), device=device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            options = {"aux_logits": False} if name == "googlenet" else {}
+            options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
             model = torchvision.models.get_model(name, weights=None, **options).to(device)
         problem = Problem(f"{name}, batch {batch}", [])
         for ours in (True, False):

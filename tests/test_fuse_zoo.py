@@ -26,7 +26,7 @@ DOZEN = [
 ]  # fmt: skip
 NAMES = ALL if os.environ.get("DLFAST_ZOO") == "all" else DOZEN
 # Smallest images that the model accepts with more than one position left for its last normalisation.
-SIZES = {"inception_v3": 160, "alexnet": 96, "regnet_x_400mf": 128}
+SIZES = {"inception_v3": 160, "alexnet": 96}
 LARGE = 150e6  # parameters: copies in float64 and three steps would need too much memory
 
 pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
@@ -57,10 +57,33 @@ def train(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs
 
 
-def assert_near(have: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    """To 1e-7 of the largest number: float64 through a hundred layers and three steps."""
-    scale = want.abs().max().item() if want.numel() else 0.0
-    torch.testing.assert_close(have, want, rtol=0, atol=1e-7 * scale + 1e-12, msg=lambda text: f"{what}: {text}")
+def after_training(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What three steps give and leave behind, in float64."""
+    found = {f"output of step {number}": output for number, output in enumerate(train(model, x))}
+    found.update((key, value.double()) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        found["output in evaluation"] = model.eval()(x)
+    return found
+
+
+def distances(have: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest difference of each, relative to its largest number."""
+    assert list(have) == list(want)
+    found = {}
+    for key, value in want.items():
+        assert torch.equal(have[key].isnan(), value.isnan()), key
+        scale = value.abs().max().item() if value.numel() else 0.0
+        found[key] = (have[key] - value).abs().max().item() / (scale + 1e-5) if value.numel() else 0.0
+    return found
+
+
+def drift(name: str, x: torch.Tensor, want: dict[str, torch.Tensor]) -> float:
+    """How far three steps carry a change in the last digits of one parameter: some models multiply it by 10^8."""
+    torch.manual_seed(0)
+    model = build(name).double()
+    with torch.no_grad():
+        next(model.parameters()).mul_(1 + 1e-15)
+    return max(distances(after_training(model, x), want).values())
 
 
 @pytest.mark.parametrize("examples", [False, True], ids=["", "with example"])
@@ -82,12 +105,10 @@ def test_fused_equals_original(name, examples):
             torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-3, atol=1e-4)
         return
     fused, plain, x = copy.deepcopy(fused).double(), plain.double(), images(name)
-    for have, want in zip(train(fused, x), train(plain, x), strict=True):
-        assert_near(have, want, "output in training")
-    states = zip(fused.state_dict().items(), plain.state_dict().values(), strict=True)
-    for (key, have), want in states:
-        assert_near(have.double(), want.double(), key)
-    with torch.no_grad():
-        assert_near(fused.eval()(x), plain.eval()(x), "output in evaluation")
+    want = after_training(plain, x)
+    found = distances(after_training(fused, x), want)
+    worst = max(found, key=lambda key: found[key])
+    # Float64 through a hundred layers and three steps; beyond, only as far as the model itself throws roundings.
+    assert found[worst] < 1e-7 or found[worst] < 30 * drift(name, x, want), (worst, found[worst])
     back = dlfast.unfuse(fused)
     assert repr(back) == repr(plain)

@@ -1,0 +1,203 @@
+// The sums per channel of a normalisation: launches of the kernels in kernel_norm_sums.cuh.
+#include <algorithm>
+#include <cstddef>
+
+#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+#include <c10/util/Type.h>
+#include <cuda_runtime.h>
+
+#include "bn_relu_pool/kernel_norm_sums.cuh"
+#include "bn_relu_pool/launch_sums.h"
+#include "common/launch_check.h"
+#include "conv_relu_pool/launch_relu_pool.cuh"
+
+namespace dlfast {
+namespace norm_sums {
+namespace {
+
+// 80 registers a thread: a pack of channels has its vectors and two sums each.
+constexpr int kBlocksPerSm = 3;
+
+// inspect: registers 80, dynamic 17408
+// inspect for Over\w+<\w+<(__\w+, 8|float, 4)>: holds LDG.128
+template <typename Body>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    norm_sums_kernel(const __grid_constant__ Body body) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
+}
+
+template <typename Body>
+void launch(const Body& body, int64_t blocks, void* stream) {
+  norm_sums_kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(Body::kShared),
+                     static_cast<cudaStream_t>(stream)>>>(body);
+  check_launch([&] {
+    return c10::str("in norm_sums_kernel<", c10::demangle_type<Body>(), ">, ", blocks, " blocks of ",
+                    kThreads, " threads");
+  });
+}
+
+// Enough to fill any device, by sizes alone: results do not depend on the device.
+constexpr int64_t kBlocks = 1024;
+constexpr int64_t kLeastRows = 64;    // of a split
+constexpr int64_t kMostSplits = 512;  // what `Whole` puts together
+constexpr int64_t kPiece = 4096;      // elements, at least
+constexpr int64_t kMostPieces = int64_t{1} << 30;
+
+// The tensor that is walked through: z, or the pooled gradient.
+struct Extent {
+  int64_t outer, channels, inner;  // inner is 1 in channels_last
+
+  Extent(const ReluPoolParams& p, const int64_t (&size)[2])
+      : channels(p.channels), inner(p.channels_last ? 1 : size[0] * size[1]) {
+    outer = p.batch * size[0] * size[1] / inner;
+  }
+  // Elements of a piece of a plane: so many that 32 bits number the pieces.
+  int64_t piece() const {
+    TORCH_CHECK(outer <= kMostPieces || inner == 1, "the CUDA kernels take at most ", kMostPieces,
+                " images, got ", outer);
+    int64_t size = kPiece;
+    while (inner > 1 && outer * ceil_div(inner, size) > kMostPieces) size *= 2;
+    return size;
+  }
+  int64_t pieces() const { return ceil_div(inner, piece()); }
+  // Bounded from above, in whatever packs the channels come.
+  int64_t splits() const {
+    const int64_t units = inner == 1 ? ceil_div(outer, kLeastRows) : ceil_div(outer * pieces(), kWarps);
+    const int64_t groups = inner == 1 ? ceil_div(channels, 256) : channels;
+    return std::clamp<int64_t>(kBlocks / groups, 1, std::clamp<int64_t>(units, 1, kMostSplits));
+  }
+};
+
+Extent pooled_extent(const ReluPoolParams& p) {
+  return {p, p.output_size};
+}
+
+Extent dense_extent(const ReluPoolParams& p) {
+  return {p, p.input_size};
+}
+
+template <int N, typename Elements>
+void run(const Extent& s, const Elements& elements, double* scratch, void* first, void* second, double count,
+         void* stream) {
+  using Acc = typename Elements::Acc;
+  auto* partial = reinterpret_cast<Partial*>(scratch);
+  const auto splits = static_cast<int32_t>(s.splits());
+  if (s.inner == 1) {
+    int32_t packs = 1;
+    while (packs < 32 && int64_t{packs} * N < s.channels) packs *= 2;
+    const int64_t groups = ceil_div(s.channels, int64_t{packs} * N);
+    launch(OverRows<Elements, N>{.elements = elements,
+                                 .rows = s.outer,
+                                 .channels = s.channels,
+                                 .groups = static_cast<int32_t>(groups),
+                                 .packs = packs,
+                                 .splits = splits,
+                                 .partial = partial},
+           groups * splits, stream);
+  } else {
+    const int64_t all = s.outer * s.pieces();
+    launch(OverPlanes<Elements, N>{.elements = elements,
+                                   .inner = s.inner,
+                                   .piece = s.piece(),
+                                   .channels = static_cast<uint32_t>(s.channels),
+                                   .pieces = static_cast<uint32_t>(s.pieces()),
+                                   .all = static_cast<uint32_t>(all),
+                                   .per_split = static_cast<uint32_t>(ceil_div(all, splits)),
+                                   .partial = partial},
+           s.channels * splits, stream);
+  }
+  launch(Whole<Acc, Elements::kMoments>{.channels = s.channels,
+                                        .splits = splits,
+                                        .count = count,
+                                        .partial = partial,
+                                        .first = static_cast<Acc*>(first),
+                                        .second = static_cast<Acc*>(second)},
+         ceil_div(s.channels, 32), stream);
+}
+
+double count_of(const ReluPoolParams& p) {
+  return static_cast<double>(p.batch) * static_cast<double>(p.input_size[0] * p.input_size[1]);
+}
+
+// In packs along the channels, or along the planes.
+template <typename T>
+bool divides(const Extent& s) {
+  return (s.inner == 1 ? s.channels : s.inner) % kPackSize<T> == 0;
+}
+
+template <typename T, typename Index>
+Winners<T, Index> winners(const ReluPoolParams& p, const T* z, const T* grad_y, const void* code,
+                          const Accumulator<T>* mean) {
+  const Grid grid{.rows = p.output_size[0], .columns = p.output_size[1]};
+  const Divider<uint32_t> by_width(static_cast<uint32_t>(p.window.size[1]));
+  return {{z, grad_y, mean}, geometry<Index>(p, grid), by_width, code};
+}
+
+}  // namespace
+}  // namespace norm_sums
+
+int64_t norm_partials_cuda(const ReluPoolParams& p) {
+  using namespace norm_sums;
+  const int64_t splits = std::max(pooled_extent(p).splits(), dense_extent(p).splits());
+  return splits * p.channels * static_cast<int64_t>(sizeof(Partial) / sizeof(double));
+}
+
+void norm_moments_cuda(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, void* mean,
+                       void* var, void* stream) {
+  using namespace norm_sums;
+  launch_for(p, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int N = kPackSize<T>;
+    const Extent s = dense_extent(p);
+    const Moments<T> elements{static_cast<const T*>(z)};
+    if (divides<T>(s) && aligned_to(16, z)) {
+      run<N>(s, elements, partial, mean, var, count_of(p), stream);
+    } else {
+      run<1>(s, elements, partial, mean, var, count_of(p), stream);
+    }
+  });
+}
+
+void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, const void* grad_y,
+                      const void* code, const void* scale_, const void* shift_, const void* mean_,
+                      double* partial, void* sum_g, void* sum_gz, void* grad_z, void* stream) {
+  using namespace norm_sums;
+  if (p.pool == Pool::avg) {
+    ReluPoolParams undo = p;
+    undo.activation = Activation::none;
+    relu_pool_cuda().backward(undo, dtype, grad_y, nullptr, grad_z, stream);
+  }
+  launch_for(p, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = Accumulator<T>;
+    constexpr int N = kPackSize<T>;
+    const T* z = static_cast<const T*>(z_);
+    const T* g = static_cast<const T*>(p.pool == Pool::avg ? grad_z : grad_y);
+    const Acc* mean = static_cast<const Acc*>(mean_);
+    const double count = count_of(p);
+    if (p.pool == Pool::max) {
+      const Extent s = pooled_extent(p);
+      const bool narrow = std::max(p.input_numel(), p.output_numel()) <= kNarrowIndexLimit;
+      if (!narrow) {
+        run<1>(s, winners<T, uint64_t>(p, z, g, code, mean), partial, sum_g, sum_gz, count, stream);
+      } else if (divides<T>(s) && aligned_to(16, g, mean) && codes_in_packs(p, N, code)) {
+        run<N>(s, winners<T, uint32_t>(p, z, g, code, mean), partial, sum_g, sum_gz, count, stream);
+      } else {
+        run<1>(s, winners<T, uint32_t>(p, z, g, code, mean), partial, sum_g, sum_gz, count, stream);
+      }
+      return;
+    }
+    const Extent s = dense_extent(p);
+    const Acc *scale = static_cast<const Acc*>(scale_), *shift = static_cast<const Acc*>(shift_);
+    const Dense<T> elements{{z, g, mean}, {scale, shift}, p.activation == Activation::relu};
+    if (divides<T>(s) && aligned_to(16, z, g, mean, scale, shift)) {
+      run<N>(s, elements, partial, sum_g, sum_gz, count, stream);
+    } else {
+      run<1>(s, elements, partial, sum_g, sum_gz, count, stream);
+    }
+  });
+}
+
+}  // namespace dlfast

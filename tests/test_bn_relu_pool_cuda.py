@@ -80,7 +80,6 @@ def check(input, vectors, statistics, offset=0, **options):
     assert expected.ne(0).any()
     assert_close(output.detach().cpu(), expected.detach(), input.dtype)
     for have, want in zip(grads, wanted, strict=True):
-        # Where a sum is nothing but what rounding leaves of it, as before a normalisation without ReLU, its terms count.
         assert_close(have.cpu(), want, input.dtype)
     for have, want in zip(mine, moved, strict=True):
         assert_close(have.cpu(), want, have.dtype)

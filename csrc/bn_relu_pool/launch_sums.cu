@@ -38,6 +38,13 @@ void launch(const Body& body, int64_t blocks, void* stream) {
   });
 }
 
+// inspect: registers 32
+template <typename Vectors>
+__global__ void __launch_bounds__(kThreads) norm_vectors_kernel(const __grid_constant__ Vectors vectors) {
+  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (channel < vectors.channels) vectors.run(channel);
+}
+
 // Enough to fill any device, by sizes alone: results do not depend on the device.
 constexpr int64_t kBlocks = 1024;
 constexpr int64_t kLeastRows = 64;    // of a split
@@ -199,5 +206,22 @@ void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, cons
     }
   });
 }
+
+template <typename Vectors>
+void norm_vectors_cuda(const Vectors& vectors, void* stream) {
+  using namespace norm_sums;
+  const int64_t blocks = ceil_div(vectors.channels, kThreads);
+  norm_vectors_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      vectors);
+  check_launch([&] {
+    return c10::str("in norm_vectors_kernel<", c10::demangle_type<Vectors>(), "> for ", vectors.channels,
+                    " channels");
+  });
+}
+
+template void norm_vectors_cuda(const TransformVectors<float>&, void*);
+template void norm_vectors_cuda(const TransformVectors<double>&, void*);
+template void norm_vectors_cuda(const GradientVectors<float>&, void*);
+template void norm_vectors_cuda(const GradientVectors<double>&, void*);
 
 }  // namespace dlfast

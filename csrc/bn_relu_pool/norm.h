@@ -5,6 +5,7 @@
 // where gradient passes a ReLU is then found again from z. `stream` is a cudaStream_t, which the CPU ignores.
 #pragma once
 
+#include "bn_relu_pool/vectors.h"
 #include "conv_relu_pool/params.h"
 #include "conv_relu_pool/relu_pool.h"
 
@@ -31,6 +32,9 @@ struct NormKernels {
 #ifdef DLFAST_WITH_CUDA
 const NormKernels& norm_cuda();
 int64_t norm_partials_cuda(const ReluPoolParams& p);  // numbers in `partial`
+// vectors.run() for every channel.
+template <typename Vectors>
+void norm_vectors_cuda(const Vectors& vectors, void* stream);
 #endif
 
 }  // namespace dlfast

@@ -60,18 +60,48 @@ ReluPoolParams check_input(const char* op, const Tensor& input, const PoolArgs& 
                        input.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
 }
 
-// 1 / standard deviation, and scale and shift that stand for the whole normalisation.
+// Calls visit(Acc{}) for what the vectors of `input` are computed in.
+template <typename Visit>
+auto with_compute_type(const Tensor& input, Visit visit) {
+  return compute_type(input) == at::kDouble ? visit(double{}) : visit(float{});
+}
+
+template <typename Vectors>
+void compute(const Vectors& vectors, [[maybe_unused]] const Tensor& input) {
+#ifdef DLFAST_WITH_CUDA
+  if (input.is_cuda()) return norm_vectors_cuda(vectors, stream_of(input));
+#endif
+  for (int64_t c = 0; c < vectors.channels; ++c) vectors.run(c);
+}
+
+template <typename Acc>
+const Acc* pointer(const Tensor& vector) {
+  return vector.defined() ? vector.const_data_ptr<Acc>() : nullptr;
+}
+
 struct Transform {
   Tensor inverse, scale, shift;
 };
 
 Transform transform_of(const char* op, const Tensor& input, const OptionalTensor& weight,
                        const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
-  const Tensor inverse = (var + eps).rsqrt();
-  const Tensor scale = is_given(weight) ? inverse * vector_of(op, "weight", *weight, input) : inverse;
-  Tensor shift = -mean * scale;
-  if (is_given(bias)) shift = shift + vector_of(op, "bias", *bias, input);
-  return {inverse, scale.contiguous(), shift.contiguous()};
+  const Tensor w = is_given(weight) ? vector_of(op, "weight", *weight, input) : Tensor();
+  const Tensor b = is_given(bias) ? vector_of(op, "bias", *bias, input) : Tensor();
+  Transform t{at::empty_like(mean), at::empty_like(mean), at::empty_like(mean)};
+  with_compute_type(input, [&](auto zero) {
+    using Acc = decltype(zero);
+    compute(TransformVectors<Acc>{.channels = input.size(1),
+                                  .eps = eps,
+                                  .weight = pointer<Acc>(w),
+                                  .bias = pointer<Acc>(b),
+                                  .mean = pointer<Acc>(mean),
+                                  .var = pointer<Acc>(var),
+                                  .inverse = t.inverse.data_ptr<Acc>(),
+                                  .scale = t.scale.data_ptr<Acc>(),
+                                  .shift = t.shift.data_ptr<Acc>()},
+            input);
+  });
+  return t;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
@@ -140,20 +170,31 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                  transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
                  partial.data_ptr<double>(), sum_g.data_ptr(), sum_gz.data_ptr(), grad_z.data_ptr(), stream);
 
+  const Tensor weight_sum = at::empty_like(m);
+  const Tensor by_z = batch_statistics ? at::empty_like(m) : Tensor(),
+               offset = batch_statistics ? at::empty_like(m) : Tensor();
+  with_compute_type(input, [&](auto zero) {
+    using Acc = decltype(zero);
+    compute(GradientVectors<Acc>{.channels = p.channels,
+                                 .count = static_cast<double>(p.batch * p.input_size[0] * p.input_size[1]),
+                                 .inverse = pointer<Acc>(transform.inverse),
+                                 .scale = pointer<Acc>(transform.scale),
+                                 .sum_g = pointer<Acc>(sum_g),
+                                 .sum_gz = pointer<Acc>(sum_gz),
+                                 .grad_weight = weight_sum.data_ptr<Acc>(),
+                                 .by_z = batch_statistics ? by_z.data_ptr<Acc>() : nullptr,
+                                 .offset = batch_statistics ? offset.data_ptr<Acc>() : nullptr},
+            input);
+  });
+
   const auto [needs_input, needs_weight, needs_bias] = output_mask;
   const auto like_parameter = [&](const OptionalTensor& parameter, const Tensor& grad) {
     return is_given(parameter) ? grad.to(parameter->scalar_type()) : grad;
   };
   const Tensor nothing = at::empty({0}, input.options());
-  const Tensor grad_weight = needs_weight ? like_parameter(weight, sum_gz * transform.inverse) : nothing;
+  const Tensor grad_weight = needs_weight ? like_parameter(weight, weight_sum) : nothing;
   const Tensor grad_bias = needs_bias ? like_parameter(bias, sum_g) : nothing.clone();
   if (!needs_input) return {nothing.clone(), grad_weight, grad_bias};
-  Tensor by_z, offset;
-  if (batch_statistics) {
-    const double count = static_cast<double>(p.batch * p.input_size[0] * p.input_size[1]);
-    by_z = (transform.scale * transform.inverse.square() * sum_gz * (-1 / count)).contiguous();
-    offset = (transform.scale * sum_g * (-1 / count)).contiguous();
-  }
   kernels.backward(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), c.const_data_ptr(),
                    transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
                    batch_statistics ? by_z.const_data_ptr() : nullptr,

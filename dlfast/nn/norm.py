@@ -75,7 +75,7 @@ def batch_norm_relu_pool2d(
     if training:
         with torch.no_grad():
             _move(running_mean, mean, momentum)
-            _move(running_var, var * (count / (count - 1)), momentum)
+            _move(running_var, var, momentum, count / (count - 1))
     return output  # type: ignore[no-any-return]
 
 
@@ -90,6 +90,6 @@ def _is_native(input: Tensor, others: list[Tensor]) -> bool:
     return all(t.dtype in (input.dtype, wide) and t.shape == channels and t.device == input.device for t in others)
 
 
-def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+def _move(running: Tensor | None, batch: Tensor, momentum: float, factor: float = 1.0) -> None:
     if running is not None:
-        running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
+        running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum * factor)

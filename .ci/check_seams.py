@@ -11,7 +11,9 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 STANDARD = r"<[a-z_]+>"  # <vector>, <cstdint>
 COMMON = r'"common/[a-z_0-9]+\.(h|cuh)"'
-OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|formats|relu_pool|norm|vectors|conv_\w+|cpu_\w+|launch\w*)\.h"'
+OWN = (
+    r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|formats|relu_pool|norm|vectors|conv_\w+|cpu_\w+|launch\w*)\.h"'
+)
 KERNELS = r'"(conv_relu_pool|bn_relu_pool|optim)/(kernel|launch)_\w+\.cuh"'
 CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 

@@ -1,40 +1,43 @@
-// Device bodies that reduce a tensor to two numbers per channel, for a normalisation. No Torch, no launch.
+// What a normalisation reduces to two numbers per channel, by the walks of kernel_channel_sums.cuh. No Torch,
+// no launch.
 //
-//   OverRows    [rows][C]: threads have packs of channels
-//   OverPlanes  [outer][C][inner]: warps have pieces of planes
-//   Whole       what the blocks of either leave, put together in double
-//
-// What is reduced, and how, is said by the elements:
 //   Moments   of z: its mean and its sum of squared deviations
 //   Dense     of g and z: the sums of g and of g * (z - mean), g stopped where z * scale + shift is 0 or less
 //   Winners   the same for max pooling: g are the pooled gradients, each with the z at its window's winner
-//
-// The order of every sum follows from the sizes alone.
+//   Whole     what the blocks leave, put together in double
 #pragma once
 
 #include "bn_relu_pool/kernel_norm.cuh"
+#include "conv_relu_pool/kernel_channel_sums.cuh"
 
 namespace dlfast::norm_sums {
 
-constexpr int32_t kWarps = static_cast<int32_t>(kThreads) / 32;
+using channel_sums::Place;
 
-// Of `count` elements of a channel.
+// Of a channel, or of a part of it.
 template <typename Acc>
 struct Pair {
   Acc first, second;
 };
 
-// Where a pack lies: `outer` counts rows, or images, of which `at` is the first element's place in the plane.
-struct Place {
-  int64_t outer, at;
-  int64_t offset;  // in the tensor that is walked through
-  int64_t channel;
+// What a block leaves of a channel.
+struct Partial {
+  double count, first, second;
+};
+
+template <typename Acc>
+struct Pairs {
+  using Total = Pair<Acc>;
+  using Left = Partial;
+  DLFAST_DEVICE static Left left(Total total, int32_t count) {
+    return {static_cast<double>(count), total.first, total.second};
+  }
 };
 
 // Sums about the first element that a thread meets: deviations from it are small beside what varies, so that
 // squares do not cancel. Where that element is not finite it is no place to stand on.
 template <typename T_>
-struct Moments {
+struct Moments : Pairs<Accumulator<T_>> {
   using T = T_;
   using Acc = Accumulator<T>;
   static constexpr bool kMoments = true;
@@ -67,7 +70,7 @@ struct Moments {
     }
   }
   template <int N, bool kRows>
-  DLFAST_DEVICE Pair<Acc> of(const State<N, kRows>& s, int i, int32_t count) const {
+  DLFAST_DEVICE Pair<Acc> total(const State<N, kRows>& s, int i, int32_t count) const {
     const Acc mean = s.sum[i] / static_cast<Acc>(count);
     return {s.about[i] + mean, s.squares[i] - s.sum[i] * mean};
   }
@@ -83,7 +86,7 @@ struct Moments {
 // What the two kinds of gradient sums have in common. Neighbours in a row have a channel each, in a plane
 // they share one.
 template <typename T_>
-struct GradientSums {
+struct GradientSums : Pairs<Accumulator<T_>> {
   using T = T_;
   using Acc = Accumulator<T>;
   static constexpr bool kMoments = false;
@@ -103,7 +106,7 @@ struct GradientSums {
     }
   };
   template <int N, bool kRows>
-  DLFAST_DEVICE Pair<Acc> of(const Sums<N, kRows>& s, int i, int32_t /*count*/) const {
+  DLFAST_DEVICE Pair<Acc> total(const Sums<N, kRows>& s, int i, int32_t /*count*/) const {
     return {s.sum[i], s.moment[i]};
   }
   DLFAST_DEVICE static Pair<Acc> joined(Pair<Acc> a, int32_t, Pair<Acc> b, int32_t) {
@@ -191,142 +194,11 @@ struct Winners : GradientSums<T> {
   }
 };
 
-// What a block leaves of a channel.
-struct Partial {
-  double count, first, second;
-};
-
-constexpr int64_t shared_bytes(int64_t packs, int64_t accumulator) {
-  return kThreads * (2 * packs * accumulator + static_cast<int64_t>(sizeof(int32_t)));
-}
-
-// The numbers of N channels of all threads that share them, which are `step` apart, joined in the first of
-// them. Counts may be zero.
-template <typename Elements, int N>
-DLFAST_DEVICE int32_t join_block(Pair<typename Elements::Acc> (&mine)[N], int32_t count, int32_t thread,
-                                 int32_t step, void* shared) {
-  using Acc = typename Elements::Acc;
-  constexpr auto threads = static_cast<int32_t>(kThreads);
-  auto* pairs = static_cast<Pair<Acc>*>(shared);  // [N][kThreads]
-  auto* counts = reinterpret_cast<int32_t*>(pairs + N * threads);
-  for (int32_t distance = threads / 2; distance >= step; distance /= 2) {
-    __syncthreads();
-    if (thread >= distance && thread < 2 * distance) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) pairs[i * threads + thread] = mine[i];
-      counts[thread] = count;
-    }
-    __syncthreads();
-    if (thread >= distance) continue;
-    const int32_t other = counts[thread + distance];
-    if (other == 0) continue;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Pair<Acc> theirs = pairs[i * threads + thread + distance];
-      mine[i] = count == 0 ? theirs : Elements::joined(mine[i], count, theirs, other);
-    }
-    count += other;
-  }
-  return count;
-}
-
-// Blocks: channel groups, then splits of the rows.
-template <typename Elements_, int N>
-struct OverRows {
-  using Elements = Elements_;
-  using T = typename Elements::T;
-  using Acc = typename Elements::Acc;
-  static constexpr int64_t kShared = shared_bytes(N, sizeof(Acc));
-  Elements elements;
-  int64_t rows, channels;
-  int32_t groups, packs;  // channel groups, and packs in each: a power of two that divides kThreads
-  int32_t splits;
-  Partial* partial;  // [splits][C]
-
-  DLFAST_DEVICE void run(Thread where, void* shared) const {
-    const auto thread = static_cast<int32_t>(where.index);
-    const int64_t group = where.block % static_cast<uint32_t>(groups),
-                  split = where.block / static_cast<uint32_t>(groups);
-    const int64_t channel = (group * packs + thread % packs) * N;
-    const int32_t step = static_cast<int32_t>(kThreads) / packs;
-    const int64_t begin = rows * split / splits + thread / packs, end = rows * (split + 1) / splits;
-    Pair<Acc> mine[N] = {};
-    int32_t count = 0;
-    if (channel < channels && begin < end) {
-      const auto place = [&](int64_t row) {
-        return Place{.outer = row, .at = 0, .offset = row * channels + channel, .channel = channel};
-      };
-      auto state = elements.template begin<N, true>(place(begin));
-#pragma unroll 4
-      for (int64_t row = begin; row < end; row += step) elements.add(state, place(row));
-      count = static_cast<int32_t>((end - begin + step - 1) / step);
-#pragma unroll
-      for (int i = 0; i < N; ++i) mine[i] = elements.of(state, i, count);
-    }
-    count = join_block<Elements, N>(mine, count, thread, packs, shared);
-    if (thread >= packs || channel >= channels) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      partial[split * channels + channel + i] = {static_cast<double>(count), mine[i].first, mine[i].second};
-    }
-  }
-};
-
-// Blocks: channels, then splits of the pieces. Piece i is the (i % pieces)-th of plane i / pieces. All
-// pieces of a channel are numbered by 32 bits, whose division is cheap.
-template <typename Elements_, int N>
-struct OverPlanes {
-  using Elements = Elements_;
-  using T = typename Elements::T;
-  using Acc = typename Elements::Acc;
-  static constexpr int64_t kShared = shared_bytes(1, sizeof(Acc));
-  Elements elements;
-  int64_t inner, piece;       // elements of a plane and of a piece, the latter a multiple of N
-  uint32_t channels, pieces;  // pieces: of a plane
-  uint32_t all, per_split;    // pieces: of a channel, and of a split of them
-  Partial* partial;           // [splits][C]
-
-  DLFAST_DEVICE void run(Thread where, void* shared) const {
-    const auto thread = static_cast<int32_t>(where.index);
-    const uint32_t split = where.block / channels, channel = where.block - split * channels;
-    const uint32_t begin_piece = split * per_split + where.index / 32;
-    const uint32_t end_piece = min((split + 1) * per_split, all);
-    typename Elements::template State<N, false> state;
-    int32_t count = 0;
-    for (uint32_t i = begin_piece; i < end_piece; i += kWarps) {
-      const uint32_t plane = i / pieces;
-      const int64_t begin = (i - plane * pieces) * piece;
-      const int64_t end = begin + piece < inner ? begin + piece : inner;
-      const int64_t origin = (int64_t{plane} * channels + channel) * inner;
-      const auto place = [&](int64_t at) {
-        return Place{.outer = plane, .at = at, .offset = origin + at, .channel = channel};
-      };
-      const int64_t first = begin + thread % 32 * N;
-      if (first >= end) continue;
-      if (count == 0) state = elements.template begin<N, false>(place(first));
-#pragma unroll 4
-      for (int64_t at = first; at < end; at += 32 * N) elements.add(state, place(at));
-      count += static_cast<int32_t>((end - first + 32 * N - 1) / (32 * N));
-    }
-    Pair<Acc> mine[1] = {};
-    if (count > 0) {
-      mine[0] = elements.of(state, 0, count);
-#pragma unroll
-      for (int i = 1; i < N; ++i) {
-        mine[0] = Elements::joined(mine[0], i * count, elements.of(state, i, count), count);
-      }
-    }
-    count = join_block<Elements, 1>(mine, N * count, thread, 1, shared);
-    if (thread != 0) return;
-    partial[int64_t{split} * channels + channel] = {static_cast<double>(count), mine[0].first,
-                                                    mine[0].second};
-  }
-};
-
-// A block has 32 neighbouring channels, its warps take turns with the splits.
+// A block has a few neighbouring channels, whose splits its threads take turns with.
 template <typename Acc, bool kMoments>
 struct Whole {
   static constexpr int64_t kShared = kThreads * sizeof(double);
+  static constexpr int32_t kChannels = 8, kTurns = static_cast<int32_t>(kThreads) / kChannels;
   int64_t channels;
   int32_t splits;
   double count;  // elements of a channel
@@ -336,39 +208,37 @@ struct Whole {
 
   // The sum over all splits, in every thread of the channel.
   template <typename Term>
-  DLFAST_DEVICE double sum(Thread where, void* shared, bool exists, int64_t channel, Term term) const {
-    const uint32_t lane = where.index % 32;
+  DLFAST_DEVICE double sum(int32_t thread, void* shared, int64_t channel, Term term) const {
     double mine = 0;
-    if (exists) {
+    if (channel < channels) {
 #pragma unroll 4
-      for (auto split = static_cast<int32_t>(where.index / 32); split < splits; split += kWarps) {
+      for (int32_t split = thread / kChannels; split < splits; split += kTurns) {
         const Partial of = partial[split * channels + channel];
         if (of.count > 0) mine += term(of);
       }
     }
     auto* sums = static_cast<double*>(shared);
     __syncthreads();
-    sums[where.index] = mine;
+    sums[thread] = mine;
     __syncthreads();
-    mine = sums[lane];
-    for (int32_t other = 1; other < kWarps; ++other) mine += sums[other * 32 + lane];
+    mine = sums[thread % kChannels];
+    for (int32_t turn = 1; turn < kTurns; ++turn) mine += sums[turn * kChannels + thread % kChannels];
     return mine;
   }
 
-  DLFAST_DEVICE void run(Thread where, void* shared) const {
-    const int64_t channel = int64_t{where.block} * 32 + where.index % 32;
-    const bool exists = channel < channels;
+  DLFAST_DEVICE void run(uint32_t block, int32_t thread, void* shared) const {
+    const int64_t channel = int64_t{block} * kChannels + thread % kChannels;
     double a, b;
     if constexpr (kMoments) {
-      a = sum(where, shared, exists, channel, [](Partial of) { return of.first * of.count; }) / count;
-      b = sum(where, shared, exists, channel,
+      a = sum(thread, shared, channel, [](Partial of) { return of.first * of.count; }) / count;
+      b = sum(thread, shared, channel,
               [a](Partial of) { return of.second + of.count * (of.first - a) * (of.first - a); });
       b = b < 0 ? 0 : b / count;
     } else {
-      a = sum(where, shared, exists, channel, [](Partial of) { return of.first; });
-      b = sum(where, shared, exists, channel, [](Partial of) { return of.second; });
+      a = sum(thread, shared, channel, [](Partial of) { return of.first; });
+      b = sum(thread, shared, channel, [](Partial of) { return of.second; });
     }
-    if (where.index >= 32 || !exists) return;
+    if (thread >= kChannels || channel >= channels) return;
     first[channel] = static_cast<Acc>(a);
     second[channel] = static_cast<Acc>(b);
   }

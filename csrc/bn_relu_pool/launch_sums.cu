@@ -1,4 +1,4 @@
-// The sums per channel of a normalisation: launches of the kernels in kernel_norm_sums.cuh.
+// The sums per channel of a normalisation, see kernel_norm_sums.cuh, and what is computed of them.
 #include <algorithm>
 #include <cstddef>
 
@@ -10,6 +10,7 @@
 #include "bn_relu_pool/kernel_norm_sums.cuh"
 #include "bn_relu_pool/launch_sums.h"
 #include "common/launch_check.h"
+#include "conv_relu_pool/launch_channel_sums.cuh"
 #include "conv_relu_pool/launch_relu_pool.cuh"
 
 namespace dlfast {
@@ -20,23 +21,27 @@ namespace {
 constexpr int kBlocksPerSm = 3;
 
 // inspect: registers 80, dynamic 17408
-// inspect for Over\w+<\w+<(__\w+, 8|float, 4)>: holds LDG.128
+// inspect for Over\w+<.*<(__\w+|float)(, unsigned \w+)?>, [48]>: holds LDG.128
 template <typename Body>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     norm_sums_kernel(const __grid_constant__ Body body) {
   extern __shared__ __align__(16) unsigned char shared[];
-  body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
+  body.run(blockIdx.x, static_cast<int32_t>(threadIdx.x), shared);
 }
 
-template <typename Body>
-void launch(const Body& body, int64_t blocks, void* stream) {
-  norm_sums_kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(Body::kShared),
-                     static_cast<cudaStream_t>(stream)>>>(body);
-  check_launch([&] {
-    return c10::str("in norm_sums_kernel<", c10::demangle_type<Body>(), ">, ", blocks, " blocks of ",
-                    kThreads, " threads");
-  });
-}
+struct Start {
+  void* stream;
+
+  template <typename Body>
+  void operator()(const Body& body, int64_t blocks) const {
+    norm_sums_kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(Body::kShared),
+                       static_cast<cudaStream_t>(stream)>>>(body);
+    check_launch([&] {
+      return c10::str("in norm_sums_kernel<", c10::demangle_type<Body>(), ">, ", blocks, " blocks of ",
+                      kThreads, " threads");
+    });
+  }
+};
 
 // inspect: registers 32
 template <typename Vectors>
@@ -45,93 +50,36 @@ __global__ void __launch_bounds__(kThreads) norm_vectors_kernel(const __grid_con
   if (channel < vectors.channels) vectors.run(channel);
 }
 
-// Enough to fill any device, by sizes alone: results do not depend on the device.
-constexpr int64_t kBlocks = 1024;
-constexpr int64_t kLeastRows = 64;    // of a split
-constexpr int64_t kMostSplits = 512;  // what `Whole` puts together
-constexpr int64_t kPiece = 4096;      // elements, at least
-constexpr int64_t kMostPieces = int64_t{1} << 30;
+using channel_sums::Extent;
 
-// The tensor that is walked through: z, or the pooled gradient.
-struct Extent {
-  int64_t outer, channels, inner;  // inner is 1 in channels_last
-
-  Extent(const ReluPoolParams& p, const int64_t (&size)[2])
-      : channels(p.channels), inner(p.channels_last ? 1 : size[0] * size[1]) {
-    outer = p.batch * size[0] * size[1] / inner;
-  }
-  // Elements of a piece of a plane: so many that 32 bits number the pieces.
-  int64_t piece() const {
-    TORCH_CHECK(outer <= kMostPieces || inner == 1, "the CUDA kernels take at most ", kMostPieces,
-                " images, got ", outer);
-    int64_t size = kPiece;
-    while (inner > 1 && outer * ceil_div(inner, size) > kMostPieces) size *= 2;
-    return size;
-  }
-  int64_t pieces() const { return ceil_div(inner, piece()); }
-  // Bounded from above, in whatever packs the channels come.
-  int64_t splits() const {
-    const int64_t units = inner == 1 ? ceil_div(outer, kLeastRows) : ceil_div(outer * pieces(), kWarps);
-    const int64_t groups = inner == 1 ? ceil_div(channels, 256) : channels;
-    return std::clamp<int64_t>(kBlocks / groups, 1, std::clamp<int64_t>(units, 1, kMostSplits));
-  }
-};
+constexpr channel_sums::Blocks kBlocks{.all = 1536, .most_splits = 768};
 
 Extent pooled_extent(const ReluPoolParams& p) {
-  return {p, p.output_size};
+  return {p, p.output_size, kBlocks};
 }
 
 Extent dense_extent(const ReluPoolParams& p) {
-  return {p, p.input_size};
+  return {p, p.input_size, kBlocks};
 }
 
 template <int N, typename Elements>
 void run(const Extent& s, const Elements& elements, double* scratch, void* first, void* second, double count,
          void* stream) {
   using Acc = typename Elements::Acc;
-  auto* partial = reinterpret_cast<Partial*>(scratch);
-  const auto splits = static_cast<int32_t>(s.splits());
-  if (s.inner == 1) {
-    int32_t packs = 1;
-    while (packs < 32 && int64_t{packs} * N < s.channels) packs *= 2;
-    const int64_t groups = ceil_div(s.channels, int64_t{packs} * N);
-    launch(OverRows<Elements, N>{.elements = elements,
-                                 .rows = s.outer,
-                                 .channels = s.channels,
-                                 .groups = static_cast<int32_t>(groups),
-                                 .packs = packs,
-                                 .splits = splits,
-                                 .partial = partial},
-           groups * splits, stream);
-  } else {
-    const int64_t all = s.outer * s.pieces();
-    launch(OverPlanes<Elements, N>{.elements = elements,
-                                   .inner = s.inner,
-                                   .piece = s.piece(),
-                                   .channels = static_cast<uint32_t>(s.channels),
-                                   .pieces = static_cast<uint32_t>(s.pieces()),
-                                   .all = static_cast<uint32_t>(all),
-                                   .per_split = static_cast<uint32_t>(ceil_div(all, splits)),
-                                   .partial = partial},
-           s.channels * splits, stream);
-  }
-  launch(Whole<Acc, Elements::kMoments>{.channels = s.channels,
-                                        .splits = splits,
-                                        .count = count,
-                                        .partial = partial,
-                                        .first = static_cast<Acc*>(first),
-                                        .second = static_cast<Acc*>(second)},
-         ceil_div(s.channels, 32), stream);
+  using Sum = Whole<Acc, Elements::kMoments>;
+  const Start start{stream};
+  channel_sums::walk<N>(s, elements, scratch, start);
+  start(Sum{.channels = s.channels,
+            .splits = static_cast<int32_t>(s.splits()),
+            .count = count,
+            .partial = reinterpret_cast<const Partial*>(scratch),
+            .first = static_cast<Acc*>(first),
+            .second = static_cast<Acc*>(second)},
+        ceil_div(s.channels, Sum::kChannels));
 }
 
 double count_of(const ReluPoolParams& p) {
   return static_cast<double>(p.batch) * static_cast<double>(p.input_size[0] * p.input_size[1]);
-}
-
-// In packs along the channels, or along the planes.
-template <typename T>
-bool divides(const Extent& s) {
-  return (s.inner == 1 ? s.channels : s.inner) % kPackSize<T> == 0;
 }
 
 template <typename T, typename Index>
@@ -139,7 +87,7 @@ Winners<T, Index> winners(const ReluPoolParams& p, const T* z, const T* grad_y, 
                           const Accumulator<T>* mean) {
   const Grid grid{.rows = p.output_size[0], .columns = p.output_size[1]};
   const Divider<uint32_t> by_width(static_cast<uint32_t>(p.window.size[1]));
-  return {{z, grad_y, mean}, geometry<Index>(p, grid), by_width, code};
+  return {{{}, z, grad_y, mean}, geometry<Index>(p, grid), by_width, code};
 }
 
 }  // namespace
@@ -158,8 +106,8 @@ void norm_moments_cuda(const ReluPoolParams& p, Dtype dtype, const void* z, doub
     using T = decltype(zero);
     constexpr int N = kPackSize<T>;
     const Extent s = dense_extent(p);
-    const Moments<T> elements{static_cast<const T*>(z)};
-    if (divides<T>(s) && aligned_to(16, z)) {
+    const Moments<T> elements{{}, static_cast<const T*>(z)};
+    if (s.along() % N == 0 && aligned_to(16, z)) {
       run<N>(s, elements, partial, mean, var, count_of(p), stream);
     } else {
       run<1>(s, elements, partial, mean, var, count_of(p), stream);
@@ -189,7 +137,7 @@ void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, cons
       const bool narrow = std::max(p.input_numel(), p.output_numel()) <= kNarrowIndexLimit;
       if (!narrow) {
         run<1>(s, winners<T, uint64_t>(p, z, g, code, mean), partial, sum_g, sum_gz, count, stream);
-      } else if (divides<T>(s) && aligned_to(16, g, mean) && codes_in_packs(p, N, code)) {
+      } else if (s.along() % N == 0 && aligned_to(16, g, mean) && codes_in_packs(p, N, code)) {
         run<N>(s, winners<T, uint32_t>(p, z, g, code, mean), partial, sum_g, sum_gz, count, stream);
       } else {
         run<1>(s, winners<T, uint32_t>(p, z, g, code, mean), partial, sum_g, sum_gz, count, stream);
@@ -198,8 +146,8 @@ void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, cons
     }
     const Extent s = dense_extent(p);
     const Acc *scale = static_cast<const Acc*>(scale_), *shift = static_cast<const Acc*>(shift_);
-    const Dense<T> elements{{z, g, mean}, {scale, shift}, p.activation == Activation::relu};
-    if (divides<T>(s) && aligned_to(16, z, g, mean, scale, shift)) {
+    const Dense<T> elements{{{}, z, g, mean}, {scale, shift}, p.activation == Activation::relu};
+    if (s.along() % N == 0 && aligned_to(16, z, g, mean, scale, shift)) {
       run<N>(s, elements, partial, sum_g, sum_gz, count, stream);
     } else {
       run<1>(s, elements, partial, sum_g, sum_gz, count, stream);

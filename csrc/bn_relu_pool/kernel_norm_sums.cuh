@@ -41,6 +41,7 @@ struct Moments : Pairs<Accumulator<T_>> {
   using T = T_;
   using Acc = Accumulator<T>;
   static constexpr bool kMoments = true;
+  static constexpr int kUnroll = 4;
   const T* z;
 
   template <int N, bool kRows>
@@ -90,6 +91,7 @@ struct GradientSums : Pairs<Accumulator<T_>> {
   using T = T_;
   using Acc = Accumulator<T>;
   static constexpr bool kMoments = false;
+  static constexpr int kUnroll = 2;  // more, and the registers of packs of 16 bits do not do
   const T* z;
   const T* g;
   const Acc* mean;

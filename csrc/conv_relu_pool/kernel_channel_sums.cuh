@@ -35,7 +35,8 @@ struct Passing {
   using T = T_;
   using Acc = Accumulator<T>;
   using Total = Acc;
-  using Left = Acc;  // by a block
+  using Left = Acc;                  // by a block
+  static constexpr int kUnroll = 4;  // packs that a thread has on their way at once
   Code kind;
   const T* grad;
   const void* code;
@@ -138,7 +139,7 @@ struct OverRows {
         return Place{.outer = row, .at = 0, .offset = row * channels + channel, .channel = channel};
       };
       auto state = elements.template begin<N, true>(place(begin));
-#pragma unroll 4
+#pragma unroll(Elements::kUnroll)
       for (int64_t row = begin; row < end; row += step) elements.add(state, place(row));
       count = static_cast<int32_t>((end - begin + step - 1) / step);
 #pragma unroll
@@ -182,7 +183,7 @@ struct OverPlanes {
       const int64_t first = begin + thread % 32 * N;
       if (first >= end) continue;
       if (count == 0) state = elements.template begin<N, false>(place(first));
-#pragma unroll 4
+#pragma unroll(Elements::kUnroll)
       for (int64_t at = first; at < end; at += 32 * N) elements.add(state, place(at));
       count += static_cast<int32_t>((end - first + 32 * N - 1) / (32 * N));
     }

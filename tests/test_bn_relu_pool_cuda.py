@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_block_in_pytorch import saved_bytes
 from test_bn_relu_pool import assert_close, problem, run
 from test_relu_pool_cuda import DTYPES, FORMATS, misaligned, name
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlfast
 from dlfast import reference
@@ -42,7 +44,7 @@ def place(tensor, offset=0):
 
 
 def case(shape, dtype, memory_format, parameter_dtype=None, affine=True):
-    """As `problem`, in 16 bits with values far enough apart that rounding decides no ReLU and no maximum."""
+    """As `problem`, with parameters in what is computed in."""
     wide = parameter_dtype or torch.promote_types(dtype, torch.float32)
     input, vectors, statistics = problem(shape, dtype, wide, affine=affine)
     return input.contiguous(memory_format=memory_format), vectors, statistics
@@ -53,7 +55,7 @@ def check(input, vectors, statistics, offset=0, **options):
     called = []
     op = torch.ops.dlfast._batch_norm_relu_pool2d
 
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+    class Spy(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             called.append(func)
             return func(*args, **(kwargs or {}))
@@ -110,8 +112,8 @@ def test_without_affine(memory_format, pool):
     check(*case(WIDE, torch.float32, memory_format, affine=False), training=True, **POOLS[pool])
 
 
-def winners(shape):
-    """Values that 16 bits tell apart whatever is done to them: no two of a channel are alike, none is near 0 then."""
+def apart(shape):
+    """Values so far apart that 16 bits hold them, and that no rounding decides a maximum: all of a channel differ."""
     plane = shape[0] * shape[2] * shape[3]
     generator = torch.Generator().manual_seed(plane)
     order = torch.stack([torch.randperm(plane, generator=generator) for _ in range(shape[1])], 1)
@@ -125,7 +127,7 @@ def winners(shape):
 def test_16_bit(dtype, memory_format, pool):
     for shape in ((2, 16, 6, 8), (1, 5, 7, 9)):
         _, vectors, statistics = case(shape, dtype, memory_format)
-        input = winners(shape).to(dtype).contiguous(memory_format=memory_format)
+        input = apart(shape).to(dtype).contiguous(memory_format=memory_format)
         check(input, vectors, statistics, training=True, **POOLS[pool])
 
 
@@ -135,7 +137,7 @@ def test_16_bit(dtype, memory_format, pool):
 def test_storage_offsets(dtype, memory_format, pool):
     """Tensors that begin off a 16-byte boundary, where the aligned case takes wide accesses."""
     _, vectors, statistics = case(EVEN, dtype, memory_format)
-    input = winners(EVEN).to(dtype).contiguous(memory_format=memory_format)
+    input = apart(EVEN).to(dtype).contiguous(memory_format=memory_format)
     for training in (True, False):
         check(input, vectors, statistics, offset=1, training=training, **POOLS[pool])
 
@@ -253,6 +255,14 @@ def test_layers_train_on_cuda_as_their_parts():
         torch.testing.assert_close(layer.weight.grad.cpu(), bn.weight.grad, rtol=1e-4, atol=1e-3)
     for have, want in zip(layer.state_dict().values(), bn.state_dict().values(), strict=True):
         torch.testing.assert_close(have.cpu(), want)
+
+
+def test_saves_the_input_and_a_byte_per_pooled_element():
+    x = torch.randn(4, 16, 20, 20, device="cuda", requires_grad=True)
+    for pool, most in (("max", x.numel() // 4), ("avg", 0), (None, 0)):
+        layer = dlfast.nn.BNReLUPool2d(16, pool=pool).cuda()
+        kept, _ = saved_bytes(lambda *_, layer=layer: layer(x), x, *layer.parameters(), *layer.buffers())
+        assert most <= kept <= most + 16 * 16  # and the batch's mean and variance
 
 
 @pytest.mark.gpu_only

@@ -11,8 +11,10 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 STANDARD = r"<[a-z_]+>"  # <vector>, <cstdint>
 COMMON = r'"common/[a-z_0-9]+\.(h|cuh)"'
-OWN = r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|formats|relu_pool|conv_\w+|cpu_\w+|launch\w*)\.h"'
-KERNELS = r'"(conv_relu_pool|optim)/(kernel|launch)_\w+\.cuh"'
+OWN = (
+    r'"(conv_relu_pool|bn_relu_pool|optim)/(params|step|formats|relu_pool|norm|vectors|conv_\w+|cpu_\w+|launch\w*)\.h"'
+)
+KERNELS = r'"(conv_relu_pool|bn_relu_pool|optim)/(kernel|launch)_\w+\.cuh"'
 CUDA_RUNTIME = r"<cuda_runtime(_api)?\.h>"
 
 # (files, includes allowed beside the standard library)
@@ -20,7 +22,7 @@ RULES = [
     (r"common/portability\.h", [r"<cuda_\w+\.h>", COMMON]),
     (r"common/launch_check\.h", [r"<c10/cuda/CUDAException\.h>", r"<c10/util/Exception\.h>"]),
     (r"common/\w+\.h", [COMMON, r"<cuda_\w+\.h>"]),
-    (r".*/(params|step|formats|conv_\w+)\.h", [COMMON, OWN]),
+    (r".*/(params|step|formats|norm|vectors|conv_\w+)\.h", [COMMON, OWN]),
     (
         r".*/cpu_\w+\.(h|cpp)",
         [COMMON, OWN, r"<immintrin\.h>", r"<omp\.h>", r"<ATen/Parallel\.h>", r"<c10/util/(BFloat16|Half)\.h>"],

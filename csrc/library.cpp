@@ -49,7 +49,7 @@ TORCH_LIBRARY(dlfast, m) {
       "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode) -> Tensor");
 
   // ---- Batch normalisation, activation and pooling ----------------------------------------------------
-  // On the CPU. mean and var [C] are given where they are fixed, and empty in the result; else they are the
+  // mean and var [C] are given where they are fixed, and empty in the result; else they are the
   // batch's, var the biased one. code is that of _conv_relu_pool2d for max pooling and else empty.
   m.def(
       "_batch_norm_relu_pool2d(Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "

@@ -141,7 +141,7 @@ inline void add_slices(const double* partial, int64_t slices, int64_t numbers, d
 }
 
 void norm_moments(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, void* mean_,
-                  void* var_) {
+                  void* var_, void* /*stream*/) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     slice_moments(p, static_cast<const T*>(z), partial);
@@ -171,7 +171,7 @@ void norm_moments(const ReluPoolParams& p, Dtype dtype, const void* z, double* p
 }
 
 void norm_forward(const ReluPoolParams& p, Dtype dtype, const void* z, const void* scale, const void* shift,
-                  void* y, void* code) {
+                  void* y, void* code, void* /*stream*/) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     const Affine<T> affine{.bias = nullptr,
@@ -188,7 +188,7 @@ void norm_forward(const ReluPoolParams& p, Dtype dtype, const void* z, const voi
 template <typename T>
 struct Norm {
   using C = Compute<T>;
-  const C *scale, *shift, *mean, *by_g, *by_z, *offset;
+  const C *scale, *shift, *mean, *by_z, *offset;
   bool masked;  // gradient passes where z * scale + shift is not 0 or less
 
   template <typename V>
@@ -357,23 +357,19 @@ void reduce_any(const ReluPoolParams& p, const T* z, const T* grad_y, const void
 
 template <typename T>
 Norm<T> norm_of(const ReluPoolParams& p, const void* scale, const void* shift, const void* mean,
-                const void* by_g, const void* by_z, const void* offset) {
+                const void* by_z, const void* offset) {
   using C = Compute<T>;
-  return {static_cast<const C*>(scale),
-          static_cast<const C*>(shift),
-          static_cast<const C*>(mean),
-          static_cast<const C*>(by_g),
-          static_cast<const C*>(by_z),
-          static_cast<const C*>(offset),
-          p.activation == Activation::relu && p.pool != Pool::max};
+  return {static_cast<const C*>(scale),  static_cast<const C*>(shift),
+          static_cast<const C*>(mean),   static_cast<const C*>(by_z),
+          static_cast<const C*>(offset), p.activation == Activation::relu && p.pool != Pool::max};
 }
 
 void norm_reduce(const ReluPoolParams& p, Dtype dtype, const void* z, const void* grad_y, const void* code,
                  const void* scale, const void* shift, const void* mean, double* partial, void* sum_g,
-                 void* sum_gz, void* grad_z) {
+                 void* sum_gz, void* grad_z, void* /*stream*/) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
-    const Norm<T> norm = norm_of<T>(p, scale, shift, mean, nullptr, nullptr, nullptr);
+    const Norm<T> norm = norm_of<T>(p, scale, shift, mean, nullptr, nullptr);
     reduce_any(p, static_cast<const T*>(z), static_cast<const T*>(grad_y), code, norm, partial,
                static_cast<T*>(grad_z));
     const int64_t slices = norm_slices(p), numbers = 2 * p.channels;
@@ -396,7 +392,7 @@ DLFAST_INLINE void finish_plane(const Norm<T>& norm, int64_t c, const T* z, cons
     const V x = load_compute<N>(z + at);
     const V passed =
         norm.passed(load_compute<N>(g + at), x, broadcast<V>(norm.scale[c]), broadcast<V>(norm.shift[c]));
-    V result = passed * norm.by_g[c];
+    V result = passed * norm.scale[c];
     if (norm.by_z != nullptr) result += (x - norm.mean[c]) * norm.by_z[c] + norm.offset[c];
     store_compute<N>(grad_z + at, result);
   });
@@ -410,9 +406,9 @@ void finish_pixels(const Norm<T>& norm, int64_t lanes, const T* z, const T* g, T
       constexpr int N = decltype(width)::value;
       using V = Vec<Compute<T>, N>;
       const V x = load_compute<N>(z + i * lanes + c);
-      const V passed = norm.passed(load_compute<N>(g + i * lanes + c), x, load<V>(norm.scale + c),
-                                   load<V>(norm.shift + c));
-      V result = passed * load<V>(norm.by_g + c);
+      const V a = load<V>(norm.scale + c);
+      const V passed = norm.passed(load_compute<N>(g + i * lanes + c), x, a, load<V>(norm.shift + c));
+      V result = passed * a;
       if (norm.by_z != nullptr) {
         result += (x - load<V>(norm.mean + c)) * load<V>(norm.by_z + c) + load<V>(norm.offset + c);
       }
@@ -462,12 +458,12 @@ void backward_any(const ReluPoolParams& p, const T* z, const T* grad_y, const vo
 }
 
 void norm_backward(const ReluPoolParams& p, Dtype dtype, const void* z, const void* grad_y, const void* code,
-                   const void* scale, const void* shift, const void* mean, const void* by_g, const void* by_z,
-                   const void* offset, void* grad_z) {
+                   const void* scale, const void* shift, const void* mean, const void* by_z,
+                   const void* offset, void* grad_z, void* /*stream*/) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     backward_any(p, static_cast<const T*>(z), static_cast<const T*>(grad_y), code,
-                 norm_of<T>(p, scale, shift, mean, by_g, by_z, offset), static_cast<T*>(grad_z));
+                 norm_of<T>(p, scale, shift, mean, by_z, offset), static_cast<T*>(grad_z));
   });
 }
 

@@ -1,12 +1,15 @@
-// Batch normalisation, activation and pooling as operators on CPU tensors: check, allocate, call the kernels.
+// Batch normalisation, activation and pooling as operators: check, allocate, call the kernels of the backend.
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <array>
 #include <tuple>
 
+#include "bn_relu_pool/norm.h"
 #include "checks.h"
 #include "conv_relu_pool/cpu_kernels.h"
+#include "conv_relu_pool/op_relu_pool.h"
 
 namespace dlfast {
 namespace {
@@ -18,6 +21,22 @@ using OptionalTensor = std::optional<Tensor>;
 
 bool is_given(const OptionalTensor& tensor) {
   return tensor && tensor->defined();
+}
+
+const NormKernels& kernels_for([[maybe_unused]] const Tensor& tensor) {
+#ifdef DLFAST_WITH_CUDA
+  if (tensor.is_cuda()) return norm_cuda();
+#endif
+  return cpu_kernels().norm;
+}
+
+// Scratch of the sums per channel.
+Tensor empty_partials(const ReluPoolParams& p, const Tensor& like) {
+  int64_t numbers = norm_partials(p);
+#ifdef DLFAST_WITH_CUDA
+  if (like.is_cuda()) numbers = norm_partials_cuda(p);
+#endif
+  return at::empty({numbers}, like.options().dtype(at::kDouble));
 }
 
 // What vectors [C] are computed in: float, or double for float64.
@@ -41,18 +60,48 @@ ReluPoolParams check_input(const char* op, const Tensor& input, const PoolArgs& 
                        input.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
 }
 
-// 1 / standard deviation, and scale and shift that stand for the whole normalisation.
+// Calls visit(Acc{}) for what the vectors of `input` are computed in.
+template <typename Visit>
+auto with_compute_type(const Tensor& input, Visit visit) {
+  return compute_type(input) == at::kDouble ? visit(double{}) : visit(float{});
+}
+
+template <typename Vectors>
+void compute(const Vectors& vectors, [[maybe_unused]] const Tensor& input) {
+#ifdef DLFAST_WITH_CUDA
+  if (input.is_cuda()) return norm_vectors_cuda(vectors, stream_of(input));
+#endif
+  for (int64_t c = 0; c < vectors.channels; ++c) vectors.run(c);
+}
+
+template <typename Acc>
+const Acc* pointer(const Tensor& vector) {
+  return vector.defined() ? vector.const_data_ptr<Acc>() : nullptr;
+}
+
 struct Transform {
   Tensor inverse, scale, shift;
 };
 
 Transform transform_of(const char* op, const Tensor& input, const OptionalTensor& weight,
                        const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
-  const Tensor inverse = (var + eps).rsqrt();
-  const Tensor scale = is_given(weight) ? inverse * vector_of(op, "weight", *weight, input) : inverse;
-  Tensor shift = -mean * scale;
-  if (is_given(bias)) shift = shift + vector_of(op, "bias", *bias, input);
-  return {inverse, scale.contiguous(), shift.contiguous()};
+  const Tensor w = is_given(weight) ? vector_of(op, "weight", *weight, input) : Tensor();
+  const Tensor b = is_given(bias) ? vector_of(op, "bias", *bias, input) : Tensor();
+  Transform t{at::empty_like(mean), at::empty_like(mean), at::empty_like(mean)};
+  with_compute_type(input, [&](auto zero) {
+    using Acc = decltype(zero);
+    compute(TransformVectors<Acc>{.channels = input.size(1),
+                                  .eps = eps,
+                                  .weight = pointer<Acc>(w),
+                                  .bias = pointer<Acc>(b),
+                                  .mean = pointer<Acc>(mean),
+                                  .var = pointer<Acc>(var),
+                                  .inverse = t.inverse.data_ptr<Acc>(),
+                                  .scale = t.scale.data_ptr<Acc>(),
+                                  .shift = t.shift.data_ptr<Acc>()},
+            input);
+  });
+  return t;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
@@ -66,7 +115,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Op
   const ReluPoolParams p =
       check_input(op, input, {activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   TORCH_CHECK(is_given(mean) == is_given(var), op, ": mean and var must be given both or neither");
-  const NormKernels& kernels = cpu_kernels().norm;
+  const c10::OptionalDeviceGuard guard(input.device());
+  const NormKernels& kernels = kernels_for(input);
+  void* stream = stream_of(input);
   const Tensor z = input.contiguous(format_of(p));
   const auto vectors = input.options().dtype(compute_type(input));
   Tensor batch_mean = at::empty({is_given(mean) ? 0 : p.channels}, vectors);
@@ -76,23 +127,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Op
     m = vector_of(op, "mean", *mean, input);
     v = vector_of(op, "var", *var, input);
   } else {
-    const Tensor partial = at::empty({norm_partials(p)}, input.options().dtype(at::kDouble));
+    const Tensor partial = empty_partials(p, input);
     kernels.moments(p, dtype, z.const_data_ptr(), partial.data_ptr<double>(), batch_mean.data_ptr(),
-                    batch_var.data_ptr());
+                    batch_var.data_ptr(), stream);
     m = batch_mean;
     v = batch_var;
   }
   const Transform transform = transform_of(op, input, weight, bias, m, v, eps);
-  const std::array<int64_t, 4> sizes = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
-  const auto dense = [&](at::ScalarType type) {
-    return at::empty(sizes, input.options().dtype(type).memory_format(format_of(p)));
-  };
-  Tensor output = dense(input.scalar_type());
-  Tensor code = save_code && p.pool == Pool::max ? dense(p.wide_code() ? at::kInt : at::kByte)
-                                                 : at::empty({0}, input.options().dtype(at::kByte));
+  Tensor output = empty_output(p, input, input.scalar_type());
+  Tensor code = empty_code(p, input, save_code && p.pool == Pool::max);
   kernels.forward(p, dtype, z.const_data_ptr(), transform.scale.const_data_ptr(),
-                  transform.shift.const_data_ptr(), output.data_ptr(),
-                  code.numel() == 0 ? nullptr : code.data_ptr());
+                  transform.shift.const_data_ptr(), output.data_ptr(), code_pointer(code), stream);
   return {output, code, batch_mean, batch_var};
 }
 
@@ -110,52 +155,68 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   const std::array<int64_t, 4> sizes = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
   check_alike(op, "grad_output", grad_output, "input", input);
   check_sizes(op, "grad_output", grad_output, sizes);
-  Tensor c = code;
-  if (p.pool == Pool::max) {
-    TORCH_CHECK(code.scalar_type() == (p.wide_code() ? at::kInt : at::kByte), op,
-                ": code must be uint8 for windows of up to 255 positions and int32 beyond, got ",
-                code.scalar_type());
-    check_sizes(op, "code", code, sizes);
-    c = code.contiguous(format_of(p));
-  }
+  const Tensor c = p.pool == Pool::max ? check_code(op, p, code, input) : code;
+  const c10::OptionalDeviceGuard guard(input.device());
   const Tensor m = vector_of(op, "mean", mean, input), v = vector_of(op, "var", var, input);
   const Transform transform = transform_of(op, input, weight, bias, m, v, eps);
-  const NormKernels& kernels = cpu_kernels().norm;
+  const NormKernels& kernels = kernels_for(input);
+  void* stream = stream_of(input);
   const Tensor z = input.contiguous(format_of(p)), grad = grad_output.contiguous(format_of(p));
 
   Tensor grad_z = at::empty(input.sizes(), input.options().memory_format(format_of(p)));
-  const Tensor partial = at::empty({norm_partials(p)}, input.options().dtype(at::kDouble));
+  const Tensor partial = empty_partials(p, input);
   const Tensor sum_g = at::empty_like(m), sum_gz = at::empty_like(m);
   kernels.reduce(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), c.const_data_ptr(),
                  transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
-                 partial.data_ptr<double>(), sum_g.data_ptr(), sum_gz.data_ptr(), grad_z.data_ptr());
+                 partial.data_ptr<double>(), sum_g.data_ptr(), sum_gz.data_ptr(), grad_z.data_ptr(), stream);
+
+  const Tensor weight_sum = at::empty_like(m);
+  const Tensor by_z = batch_statistics ? at::empty_like(m) : Tensor(),
+               offset = batch_statistics ? at::empty_like(m) : Tensor();
+  with_compute_type(input, [&](auto zero) {
+    using Acc = decltype(zero);
+    compute(GradientVectors<Acc>{.channels = p.channels,
+                                 .count = static_cast<double>(p.batch * p.input_size[0] * p.input_size[1]),
+                                 .inverse = pointer<Acc>(transform.inverse),
+                                 .scale = pointer<Acc>(transform.scale),
+                                 .sum_g = pointer<Acc>(sum_g),
+                                 .sum_gz = pointer<Acc>(sum_gz),
+                                 .grad_weight = weight_sum.data_ptr<Acc>(),
+                                 .by_z = batch_statistics ? by_z.data_ptr<Acc>() : nullptr,
+                                 .offset = batch_statistics ? offset.data_ptr<Acc>() : nullptr},
+            input);
+  });
 
   const auto [needs_input, needs_weight, needs_bias] = output_mask;
   const auto like_parameter = [&](const OptionalTensor& parameter, const Tensor& grad) {
     return is_given(parameter) ? grad.to(parameter->scalar_type()) : grad;
   };
   const Tensor nothing = at::empty({0}, input.options());
-  const Tensor grad_weight = needs_weight ? like_parameter(weight, sum_gz * transform.inverse) : nothing;
+  const Tensor grad_weight = needs_weight ? like_parameter(weight, weight_sum) : nothing;
   const Tensor grad_bias = needs_bias ? like_parameter(bias, sum_g) : nothing.clone();
   if (!needs_input) return {nothing.clone(), grad_weight, grad_bias};
-  Tensor by_z, offset;
-  if (batch_statistics) {
-    const double count = static_cast<double>(p.batch * p.input_size[0] * p.input_size[1]);
-    by_z = (transform.scale * transform.inverse.square() * sum_gz * (-1 / count)).contiguous();
-    offset = (transform.scale * sum_g * (-1 / count)).contiguous();
-  }
   kernels.backward(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), c.const_data_ptr(),
                    transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
-                   transform.scale.const_data_ptr(), batch_statistics ? by_z.const_data_ptr() : nullptr,
-                   batch_statistics ? offset.const_data_ptr() : nullptr, grad_z.data_ptr());
+                   batch_statistics ? by_z.const_data_ptr() : nullptr,
+                   batch_statistics ? offset.const_data_ptr() : nullptr, grad_z.data_ptr(), stream);
   return {grad_z, grad_weight, grad_bias};
+}
+
+void register_all(torch::Library& m) {
+  m.impl("_batch_norm_relu_pool2d", forward);
+  m.impl("_batch_norm_relu_pool2d_backward", backward);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dlfast, CPU, m) {
-  m.impl("_batch_norm_relu_pool2d", forward);
-  m.impl("_batch_norm_relu_pool2d_backward", backward);
+  register_all(m);
 }
+
+#ifdef DLFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(dlfast, CUDA, m) {
+  register_all(m);
+}
+#endif
 
 }  // namespace dlfast

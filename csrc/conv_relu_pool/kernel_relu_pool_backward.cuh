@@ -62,13 +62,25 @@ DLFAST_DEVICE Pack<T, N> masked(const Accumulator<T> (&sum)[N], uint32_t bits) {
 
 constexpr uint32_t kAllBits = 0xffffffffu;
 
-template <typename T_, int N, Pool kPool, typename Index>
+// What becomes of the gradients of N neighbouring elements from `at` on before they go to memory: nothing but
+// the mask. kAlong: the neighbours are of one channel, else of as many.
+template <typename T>
+struct AsItIs {
+  template <Pool kPool, bool kAlong, int N, typename Index>
+  DLFAST_DEVICE Pack<T, N> pack(const Accumulator<T> (&sum)[N], uint32_t bits, Index /*at*/,
+                                Index /*channel*/) const {
+    return masked<kPool, T>(sum, bits);
+  }
+};
+
+template <typename T_, int N, Pool kPool, typename Index, typename Finish = AsItIs<T_>>
 struct BackwardGather {
   using T = T_;
   Geometry<Index> g;
   const T* grad_y;
   const void* code;
   T* grad_z;
+  Finish finish;
 
   DLFAST_DEVICE void run(Thread thread, void* /*shared*/) const {
     const auto item = thread.global<Index>();
@@ -78,13 +90,14 @@ struct BackwardGather {
     gather_pixel<kPool>(g, grad_y, code, plane_of(g, site, g.out), site.h, site.w, sum);
     uint32_t bits = kAllBits;
     if (kPool == Pool::avg && g.relu) bits = load_mask(code, item * N);
-    store_pack<N>(grad_z + item * N, masked<kPool, T>(sum, bits));
+    store_pack<N>(grad_z + item * N,
+                  finish.template pack<kPool, false>(sum, bits, static_cast<Index>(item * N), site.channel));
   }
 };
 
 // The grid of items covers all pixels in boxes of 2x2; the last row and column of boxes may have no window
 // and may be cut off by the plane's end.
-template <typename T_, Pool kPool>
+template <typename T_, Pool kPool, typename Finish = AsItIs<T_>>
 struct BackwardChannels2x2 {
   using T = T_;
   static constexpr int N = kPackSize<T>;
@@ -92,6 +105,7 @@ struct BackwardChannels2x2 {
   const T* grad_y;
   const void* code;
   T* grad_z;
+  Finish finish;
 
   DLFAST_DEVICE void run(Thread thread, void* /*shared*/) const {
     const auto item = thread.global<uint32_t>();
@@ -120,14 +134,14 @@ struct BackwardChannels2x2 {
       for (int i = 0; i < N; ++i) {
         sum[i] = kPool == Pool::avg || where[i] == k ? grad[i] : Accumulator<T>(0);
       }
-      store_pack<N>(grad_z + offset, masked<kPool, T>(sum, bits));
+      store_pack<N>(grad_z + offset, finish.template pack<kPool, false>(sum, bits, offset, site.channel));
     }
   }
 };
 
 // The grid of items: pairs of rows of z, packs along them. W is a multiple of a pack. A last odd row has no
 // window.
-template <typename T_, Pool kPool>
+template <typename T_, Pool kPool, typename Finish = AsItIs<T_>>
 struct BackwardRows2x2 {
   using T = T_;
   static constexpr int N = kPackSize<T>;  // of one row; half as many windows
@@ -135,6 +149,7 @@ struct BackwardRows2x2 {
   const T* grad_y;
   const void* code;
   T* grad_z;
+  Finish finish;
 
   DLFAST_DEVICE void run(Thread thread, void* /*shared*/) const {
     const auto item = thread.global<uint32_t>();
@@ -162,7 +177,7 @@ struct BackwardRows2x2 {
       for (int i = 0; i < N; ++i) {
         sum[i] = kPool == Pool::avg || where[i / 2] == 2 * k + i % 2 ? grad[i / 2] : Accumulator<T>(0);
       }
-      store_pack<N>(grad_z + offset, masked<kPool, T>(sum, bits));
+      store_pack<N>(grad_z + offset, finish.template pack<kPool, true>(sum, bits, offset, site.channel));
     }
   }
 };

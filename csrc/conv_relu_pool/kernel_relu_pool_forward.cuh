@@ -1,4 +1,5 @@
-// Device bodies of y = pool(activation(z + bias)), with codes. No Torch, no launch.
+// Device bodies of y = pool(activation(before(z))), with codes. No Torch, no launch. What comes before the
+// activation is per channel: AddBias, or that of a normalisation (bn_relu_pool/kernel_norm.cuh).
 //
 //   ForwardGather         any window, any layout; one thread per pooled element, or per pack of channels
 //   ForwardChannels2x2    2x2 windows, stride 2, all inside; channels_last, packs of channels
@@ -7,16 +8,35 @@
 //   ForwardElementwise    without pooling
 //   ForwardMask           the mask of average pooling after ReLU, where no body above writes it on its way
 //
-// z [N, C, H, W], y [N, C, PH, PW], bias [C] or null, code as params.h says or null.
+// z [N, C, H, W], y [N, C, PH, PW], code as params.h says or null.
 #pragma once
 
 #include "conv_relu_pool/kernel_relu_pool.cuh"
 
 namespace dlfast {
 
+// z + bias.
+template <typename T>
+struct AddBias {
+  static constexpr bool kHasMasks = true;  // whether average pooling may be asked for a mask
+  const T* bias;                           // [C], may be null; aligned for packs where N > 1
+
+  // The numbers of N neighbouring channels.
+  template <int N>
+  struct Values {
+    Bias<N, T> bias;
+    DLFAST_DEVICE Accumulator<T> of(int i, Accumulator<T> z) const { return z + bias.at[i]; }
+  };
+  template <int N, typename Index>
+  DLFAST_DEVICE Values<N> values(Index channel) const {
+    return {Bias<N, T>(bias, channel)};
+  }
+  DLFAST_DEVICE bool is_nothing() const { return bias == nullptr; }
+};
+
 // One pooled element per i < N. z points at the plane's pixel (0, 0); steps are in elements.
-template <Pool kPool, int N, typename T, typename Index, typename Coord>
-DLFAST_DEVICE void pool_window(const Geometry<Index>& g, const T* z, Plane<Index> in, const Bias<N, T>& bias,
+template <Pool kPool, int N, typename T, typename Index, typename Values, typename Coord>
+DLFAST_DEVICE void pool_window(const Geometry<Index>& g, const T* z, Plane<Index> in, const Values& before,
                                Coord row, Coord column, T* y, void* code, Index offset) {
   const auto h = span_of(g, 0, row);
   const auto w = span_of(g, 1, column);
@@ -30,7 +50,7 @@ DLFAST_DEVICE void pool_window(const Geometry<Index>& g, const T* z, Plane<Index
     for (Coord iw = w.begin; iw < w.end; ++iw, ++position) {
       const auto pack = load_pack<N>(z + in.at(ih, iw));
 #pragma unroll
-      for (int i = 0; i < N; ++i) result.add(i, widen(pack.at[i]) + bias.at[i], position, g.relu);
+      for (int i = 0; i < N; ++i) result.add(i, before.of(i, widen(pack.at[i])), position, g.relu);
     }
   }
   Pack<T, N> pooled;
@@ -43,12 +63,12 @@ DLFAST_DEVICE void pool_window(const Geometry<Index>& g, const T* z, Plane<Index
   }
 }
 
-template <typename T_, int N, Pool kPool, typename Index>
+template <typename T_, int N, Pool kPool, typename Index, typename Before>
 struct ForwardGather {
   using T = T_;
   Geometry<Index> g;
   const T* z;
-  const T* bias;
+  Before before;
   T* y;
   void* code;
 
@@ -56,19 +76,19 @@ struct ForwardGather {
     const auto item = thread.global<Index>();
     if (item >= g.items) return;
     const auto site = site_of<N>(g, item);
-    pool_window<kPool>(g, z, plane_of(g, site, g.in), Bias<N, T>(bias, site.channel), site.h, site.w, y, code,
-                       item * N);
+    pool_window<kPool, N>(g, z, plane_of(g, site, g.in), before.template values<N>(site.channel), site.h,
+                          site.w, y, code, item * N);
   }
 };
 
 // Masks need 8 to divide the channels; every window must lie inside, and every pixel in a window.
-template <typename T_, Pool kPool>
+template <typename T_, Pool kPool, typename Before>
 struct ForwardChannels2x2 {
   using T = T_;
   static constexpr int N = kPackSize<T>;
   Geometry<uint32_t> g;
   const T* z;
-  const T* bias;
+  Before before;
   T* y;
   void* code;
 
@@ -86,13 +106,13 @@ struct ForwardChannels2x2 {
         offset[k] = in.at(2 * site.h + k / 2, 2 * site.w + k % 2);
         pack[k] = load_pack<N>(z + offset[k]);
       }
-      const Bias<N, T> b(bias, site.channel);
+      const auto b = before.template values<N>(site.channel);
       Reduction<kPool, T, N> result(0);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const auto value = widen(pack[k].at[i]) + b.at[i];
+          const auto value = b.of(i, widen(pack[k].at[i]));
           result.add(i, value, k, g.relu);
           if constexpr (kPool == Pool::avg) bits[k] |= (value <= 0 ? 0u : 1u) << i;
         }
@@ -115,13 +135,13 @@ struct ForwardChannels2x2 {
 
 // The grid of items is the plane of y with columns counted in half packs. W is a multiple of a pack, and of 8
 // for masks; every window must lie inside, and for masks every pixel in a window.
-template <typename T_, Pool kPool>
+template <typename T_, Pool kPool, typename Before>
 struct ForwardRows2x2 {
   using T = T_;
   static constexpr int N = kPackSize<T>;  // of one row; half as many windows
   Geometry<uint32_t> g;
   const T* z;
-  const T* bias;
+  Before before;
   T* y;
   void* code;
 
@@ -139,13 +159,13 @@ struct ForwardRows2x2 {
         offset[k] = in.at(2 * site.h + k, N * site.w);
         pack[k] = load_pack<N>(z + offset[k]);
       }
-      const Bias<1, T> b(bias, site.channel);
+      const auto b = before.template values<1>(site.channel);
       Reduction<kPool, T, N / 2> result(0);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const auto value = widen(pack[k].at[i]) + b.at[0];
+          const auto value = b.of(0, widen(pack[k].at[i]));
           result.add(i / 2, value, 2 * k + i % 2, g.relu);
           if constexpr (kPool == Pool::avg) bits[k] |= (value <= 0 ? 0u : 1u) << i;
         }
@@ -170,7 +190,7 @@ struct ForwardRows2x2 {
 // Contiguous only. A block pools either `rows_per_tile` rows of y of one plane, or, where whole planes fit
 // (tiles_per_plane == 1), all rows of `planes_per_tile` planes. Its part of z and of y is one stretch of
 // memory.
-template <typename T_, Pool kPool>
+template <typename T_, Pool kPool, typename Before>
 struct ForwardStaged {
   using T = T_;
   Geometry<uint32_t> g;  // by_grid: rows and columns of y
@@ -179,7 +199,7 @@ struct ForwardStaged {
   uint32_t tiles_per_plane;
   uint32_t rows_per_tile;
   const T* z;
-  const T* bias;
+  Before before;
   T* y;
   void* code;
 
@@ -216,9 +236,9 @@ struct ForwardStaged {
       const auto row = g.by_grid[0].divide(column.quotient + first_row);  // quotient: plane in the tile
       const uint32_t plane = first_plane + row.quotient;
       const Plane<uint32_t> in{(row.quotient * g.in[0] - skipped_rows) * width, width, 1};
-      const Bias<1, T> b(bias, g.by_channels.divide(plane).remainder);
-      pool_window<kPool>(g, staged, in, b, static_cast<int32_t>(row.remainder),
-                         static_cast<int32_t>(column.remainder), y, code, offset + i);
+      const auto b = before.template values<1>(g.by_channels.divide(plane).remainder);
+      pool_window<kPool, 1>(g, staged, in, b, static_cast<int32_t>(row.remainder),
+                            static_cast<int32_t>(column.remainder), y, code, offset + i);
     }
   }
 };
@@ -231,33 +251,31 @@ struct ChannelWalk {
   Index inner;  // 1 if channels_last, else H * W
   Index channels;
 
-  // visit(i, bias of element first + i) for i in [0, count)
-  template <typename T, typename Visit>
-  DLFAST_DEVICE void over(const T* bias, Index first, int count, Visit visit) const {
-    if (bias == nullptr) {
-      for (int i = 0; i < count; ++i) visit(i, Accumulator<T>(0));
-      return;
-    }
+  // visit(i, the values for the channel of element first + i) for i in [0, count)
+  template <typename Vectors, typename Visit>
+  DLFAST_DEVICE void over(const Vectors& vectors, Index first, int count, Visit visit) const {
     const auto place = by_inner.divide(first);
     Index passed = place.remainder;
     Index channel = by_channels.divide(place.quotient).remainder;
-    auto value = widen(bias[channel]);
+    auto value = vectors.template values<1>(channel);
     for (int i = 0; i < count; ++i) {
       visit(i, value);
       if (++passed == inner) {
         passed = 0;
         if (++channel == channels) channel = 0;
-        value = widen(bias[channel]);
+        value = vectors.template values<1>(channel);
       }
     }
   }
 };
 
-// z + bias of the pack of elements that begins at `first`; entries past the end are not touched.
-// `aligned`: z may be read in packs. `bias_aligned`: the bias too, and no pack crosses the last channel.
-template <int N, typename T, typename Index>
-DLFAST_DEVICE void biased_pack(const ChannelWalk<Index>& walk, const T* z, const T* bias, Index first,
-                               int count, bool aligned, bool bias_aligned, Accumulator<T> (&value)[N]) {
+// before(z) of the pack of elements that begins at `first`; entries past the end are not touched.
+// `aligned`: z may be read in packs. `in_packs`: what `before` needs too, and no pack crosses the last
+// channel.
+template <int N, typename T, typename Index, typename Before>
+DLFAST_DEVICE void prepared_pack(const ChannelWalk<Index>& walk, const T* z, const Before& before,
+                                 Index first, int count, bool aligned, bool in_packs,
+                                 Accumulator<T> (&value)[N]) {
   Pack<T, N> pack;
   if (aligned && count == N) {
     pack = load_pack<N>(z + first);
@@ -267,29 +285,27 @@ DLFAST_DEVICE void biased_pack(const ChannelWalk<Index>& walk, const T* z, const
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) value[i] = widen(pack.at[i]);
-  if (bias_aligned && count == N) {
-    const Bias<N, T> b(bias, walk.by_channels.divide(first).remainder);
+  if (before.is_nothing()) return;
+  if (in_packs && count == N) {
+    const auto b = before.template values<N>(walk.by_channels.divide(first).remainder);
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] += b.at[i];
+    for (int i = 0; i < N; ++i) value[i] = b.of(i, value[i]);
   } else {
-    Accumulator<T> b[N];
-    walk.over(bias, first, N, [&](int i, Accumulator<T> x) { b[i] = x; });
-#pragma unroll
-    for (int i = 0; i < N; ++i) value[i] += b[i];
+    walk.over(before, first, N, [&](int i, const auto& b) { value[i] = b.of(0, value[i]); });
   }
 }
 
-template <typename T_, typename Index>
+template <typename T_, typename Index, typename Before>
 struct ForwardElementwise {
   using T = T_;
   static constexpr int N = kPackSize<T>;
   Index numel;
   ChannelWalk<Index> walk;
-  bool aligned;       // z and y
-  bool bias_aligned;  // see biased_pack
+  bool aligned;   // z and y
+  bool in_packs;  // see prepared_pack
   bool relu;
   const T* z;
-  const T* bias;
+  Before before;
   T* y;
 
   DLFAST_DEVICE void run(Thread thread, void* /*shared*/) const {
@@ -297,7 +313,7 @@ struct ForwardElementwise {
     if (first >= numel) return;
     const int count = numel - first < N ? static_cast<int>(numel - first) : N;
     Accumulator<T> value[N];
-    biased_pack<N>(walk, z, bias, first, count, aligned, bias_aligned, value);
+    prepared_pack<N>(walk, z, before, first, count, aligned, in_packs, value);
     Pack<T, N> result;
 #pragma unroll
     for (int i = 0; i < N; ++i) result.at[i] = narrow<T>(relu ? relu_of(value[i]) : value[i]);
@@ -312,16 +328,16 @@ struct ForwardElementwise {
   }
 };
 
-template <typename T_, typename Index>
+template <typename T_, typename Index, typename Before>
 struct ForwardMask {
   using T = T_;
   static constexpr int N = kPackSize<T>;
   Index numel;
   ChannelWalk<Index> walk;
   bool aligned;  // z
-  bool bias_aligned;
+  bool in_packs;
   const T* z;
-  const T* bias;
+  Before before;
   void* code;
 
   DLFAST_DEVICE void run(Thread thread, void* /*shared*/) const {
@@ -331,7 +347,7 @@ struct ForwardMask {
     if (has_work) {
       const int count = numel - first < N ? static_cast<int>(numel - first) : N;
       Accumulator<T> value[N];
-      biased_pack<N>(walk, z, bias, first, count, aligned, bias_aligned, value);
+      prepared_pack<N>(walk, z, before, first, count, aligned, in_packs, value);
 #pragma unroll
       for (int i = 0; i < N; ++i) bits |= (i >= count || value[i] <= 0 ? 0u : 1u) << i;
     }

@@ -24,8 +24,6 @@ def weigh(chain: Chain, shapes: Shapes | None) -> str:
     tensor = _some_tensor(chain)
     if tensor is not None and not runs_on(tensor.device):
         return f"no compiled operators for {tensor.device}: PyTorch would run it as it is"
-    if tensor is not None and chain.kind == "bn" and tensor.device.type != "cpu":
-        return "the pass with BatchNorm is compiled for the CPU alone"
     if tensor is not None and tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"{tensor.dtype} is not supported"
     known = (shapes or {}).get(id(chain.head.module)) if chain.head.module is not None else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlfast import reference
-from dlfast._native import native
+from dlfast._native import runs_on
 from dlfast.nn.exporting import is_exporting
 from dlfast.nn.window import Window
 from dlfast.ops import Size2
@@ -35,8 +35,8 @@ def batch_norm_relu_pool2d(
 
     What it computes is ``pool(activation(torch.nn.functional.batch_norm(input, ...)))``. For backward it
     keeps `input` and, for max pooling, one byte per pooled element; the normalised values, the ReLU's output
-    and the 8-byte indices are never stored: where gradient passes is found again from `input`. On other
-    devices than the CPU it is the composition of PyTorch's operators.
+    and the 8-byte indices are never stored: where gradient passes is found again from `input`. Compiled for
+    the CPU and, in a build with CUDA, for GPUs; elsewhere it is the composition of PyTorch's operators.
 
     Args:
         input: :math:`(N, C, H, W)`; float32, float64, bfloat16 or float16, any strides.
@@ -75,13 +75,13 @@ def batch_norm_relu_pool2d(
     if training:
         with torch.no_grad():
             _move(running_mean, mean, momentum)
-            _move(running_var, var * (count / (count - 1)), momentum)
+            _move(running_var, var, momentum, count / (count - 1))
     return output  # type: ignore[no-any-return]
 
 
 def _is_native(input: Tensor, others: list[Tensor]) -> bool:
     """Whether the compiled operator takes it; what it does not take PyTorch computes, or refuses."""
-    if native.module is None or input.device.type not in ("cpu", "meta") or input.dim() != 4 or input.numel() == 0:
+    if not runs_on(input.device) or input.dim() != 4 or input.numel() == 0:
         return False
     if input.dtype not in DTYPES or torch._C._are_functorch_transforms_active() or is_exporting():
         return False
@@ -90,6 +90,6 @@ def _is_native(input: Tensor, others: list[Tensor]) -> bool:
     return all(t.dtype in (input.dtype, wide) and t.shape == channels and t.device == input.device for t in others)
 
 
-def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+def _move(running: Tensor | None, batch: Tensor, momentum: float, factor: float = 1.0) -> None:
     if running is not None:
-        running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
+        running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum * factor)

@@ -35,7 +35,7 @@ RULES = [
     (r".*/launch\w*\.h", [COMMON, OWN, KERNELS, CUDA_RUNTIME]),
     # The Torch side: anything but a kernel body.
     (
-        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|measure\w*|speed|relu_pool)\.(h|cpp))",
+        r"(checks\.h|library\.cpp|.*/(op\w*|autograd|plan\w*|measure\w*|speed|relu_pool|tensors_state)\.(h|cpp))",
         [r"<[\w/.]+>", r'"(?!.*kernel_)[\w/.]+"'],
     ),
 ]

@@ -21,6 +21,7 @@ PATHS = {
     "winograd4": "fused Winograd F(4x4, 3x3)",
     "sparse": "only what passes gradient",
     "patches": "only what passes gradient, few channels",
+    "depthwise": "depthwise convolution",
     "single": "one fused kernel",
     "reference": "plain PyTorch",
 }
@@ -63,10 +64,10 @@ class Plan:
 
     Attributes:
         forward, grad_input, grad_weight: names of the chosen ways: "pytorch" (PyTorch's kernels with one pass
-            of ours), "direct", "winograd2", "winograd4", "sparse", "patches", on CUDA "single", or "reference"
-            where compiled operators do not run at all. On CUDA "eager" stands among the predicted candidates for
-            comparison. With `torch.backends.cudnn.benchmark` whole blocks are measured, and it is the name of all
-            three where PyTorch's kernels, one by one, were faster.
+            of ours), "direct", "winograd2", "winograd4", "sparse", "patches", "depthwise", on CUDA "single", or
+            "reference" where compiled operators do not run at all. On CUDA "eager" stands among the predicted
+            candidates for comparison. With `torch.backends.cudnn.benchmark` whole blocks are measured, and it is the
+            name of all three where PyTorch's kernels, one by one, were faster.
         reason: why, in a sentence.
         predicted_gain: time of PyTorch's way over the chosen one, forward and the gradients that are needed;
             measured where the block was.

@@ -94,7 +94,29 @@ CONVS: list[Case] = [
     Case(n=0, conv={"padding": 1}),
 ]
 
-GRID: list[Case] = [replace(conv, pool=pool) for conv, pool in itertools.product(CONVS, POOLS)]
+# One kernel per channel, channels around the lanes of a register, and all that moves the border.
+DEPTHWISE: list[Case] = [
+    Case(c=c, k=c, h=h, w=w, kernel=kernel, conv={"groups": c, **conv}, pool={"pool": None, "activation": activation})
+    for c, h, w, kernel, conv in [
+        (1, 9, 11, (3, 3), {"padding": 1}),
+        (7, 9, 30, (3, 3), {"padding": 1}),
+        (8, 14, 19, (3, 3), {"stride": 2, "padding": 1}),
+        (9, 13, 14, (5, 5), {"padding": 2}),
+        (15, 8, 9, (1, 1), {}),
+        (16, 12, 28, (5, 5), {"stride": 2, "padding": 2}),
+        (17, 7, 7, (7, 7), {"padding": 3}),
+        (23, 10, 12, (2, 2), {"padding": 1}),
+        (33, 2, 3, (5, 5), {"padding": 2}),
+        (33, 11, 9, (4, 6), {"stride": (3, 1), "padding": (5, 2)}),
+        (40, 14, 15, (3, 3), {"dilation": 2, "padding": 2}),
+        (24, 13, 20, (3, 5), {"stride": (2, 3), "dilation": (3, 2), "padding": (4, 1)}),
+        (64, 9, 9, (2, 3), {"stride": 4, "padding": 1}),
+        (160, 6, 6, (5, 5), {"padding": 2}),
+    ]
+    for activation in (None, "relu")
+]
+
+GRID: list[Case] = [*(replace(conv, pool=pool) for conv, pool in itertools.product(CONVS, POOLS)), *DEPTHWISE]
 
 # One case of each kind, for tests that cost more.
 SAMPLE: list[Case] = [
@@ -105,6 +127,7 @@ SAMPLE: list[Case] = [
     Case(pool={"pool": None}),
     Case(c=4, k=6, conv={"groups": 2, "padding": 1}, pool={"activation": None}),
     Case(c=16, k=16, conv={"groups": 4, "padding": 1}, pool={"pool": None}),
+    Case(c=17, k=17, conv={"groups": 17, "padding": 1}, pool={"pool": None, "activation": None}),
 ]
 
 

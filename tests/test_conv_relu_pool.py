@@ -60,6 +60,82 @@ def test_grid_other_dtypes(case, dtype, plan):
     assert_same_as_reference(case, cases.integers(case, dtype))
 
 
+@pytest.fixture
+def threads():
+    """Puts torch's number of threads back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("case", cases.DEPTHWISE, ids=str)
+def test_depthwise_layouts(case, layout, monkeypatch):
+    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    input, weight, bias = cases.integers(case, torch.float32)
+    assert_same_as_reference(case, [cases.in_layout(input, layout), weight, bias])
+    assert_same_as_reference(case, [cases.in_layout(input, layout), weight.transpose(2, 3).clone().transpose(2, 3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", cases.DEPTHWISE, ids=str)
+def test_depthwise_in_16_bits(case, dtype, monkeypatch):
+    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    for layout in ("contiguous", "channels_last"):
+        input, *others = cases.integers(case, dtype)
+        assert_same_as_reference(case, [cases.in_layout(input, layout), *others])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", cases.DEPTHWISE, ids=str)
+def test_depthwise_has_the_same_bits_for_any_number_of_threads(case, layout, threads, monkeypatch):
+    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    input, *others = cases.normals(replace(case, n=5), torch.float32)
+    tensors = [cases.in_layout(input, layout), *others]
+    results = []
+    for count in (1, 2, 7):
+        threads(count)
+        output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+        results.append([output, *grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    exact, exact_grads = cases.run(reference.conv_relu_pool2d, [t.double() for t in tensors], case.options)
+    bound = cases.forward_bound(case, tensors, torch.float32)
+    assert ((results[0][0].double() - exact).abs() <= bound).all()
+    for grad, wanted in zip(results[0][1:], exact_grads, strict=True):
+        torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_depthwise_keeps_what_is_not_finite_where_it_belongs(where, value, activation, monkeypatch):
+    """No padding: what a zero of the padding makes of an infinity differs between PyTorch's own algorithms."""
+    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    case = Case(c=20, k=20, conv={"groups": 20}, pool={"pool": None, "activation": activation})
+    tensors = cases.normals(case, torch.float32)
+    tensors[where].view(-1)[13] = value
+    tensors[0] = cases.in_layout(tensors[0], "channels_last")
+    output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@needs_native
+def test_depthwise_is_what_the_plan_says(monkeypatch):
+    """The tests above would pass with any way; and PyTorch keeps what is not measured."""
+    layer = dlfast.nn.ConvReLUPool2d(64, 64, 5, padding=2, groups=64, activation=None, pool=None)
+    input = torch.empty(4, 64, 14, 14).contiguous(memory_format=torch.channels_last)
+    pooled = dlfast.nn.ConvReLUPool2d(64, 64, 5, padding=2, groups=64)
+    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    plan = dlfast.explain(layer, input)
+    assert (plan.forward, plan.grad_input, plan.grad_weight) == ("depthwise",) * 3
+    assert dlfast.explain(pooled, input).forward == "direct"
+    assert dlfast.explain(layer.double(), input.double()).forward == "pytorch"
+
+
 def winograd_accepts(case: Case) -> bool:
     return case.kernel == (3, 3) and not {"stride", "dilation"} & set(case.conv)
 

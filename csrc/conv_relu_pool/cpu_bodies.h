@@ -10,6 +10,8 @@
 #include "conv_relu_pool/cpu_direct_forward.h"
 #include "conv_relu_pool/cpu_winograd.h"
 #include "conv_relu_pool/cpu_forward.h"
+#include "conv_relu_pool/cpu_depthwise.h"
+#include "conv_relu_pool/cpu_depthwise_backward.h"
 #include "conv_relu_pool/cpu_passing.h"
 #include "conv_relu_pool/cpu_grad_input.h"
 #include "conv_relu_pool/cpu_grad_weight.h"
@@ -49,6 +51,11 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
       .weight_from_sums = level::weight_from_sums,
       .grad_input = level::grad_input,
       .grad_input_scratch = level::grad_input_scratch,
+      .depthwise_forward = level::depthwise_forward,
+      .depthwise_grad_input = level::depthwise_grad_input,
+      .depthwise_grad_weight = level::depthwise_grad_weight,
+      .depthwise_scratch = level::depthwise_scratch,
+      .depthwise_grad_weight_scratch = level::depthwise_grad_weight_scratch,
       .to_channels_last = level::to_channels_last,
       .codes_to_channels_last = level::codes_to_channels_last,
       .lanes = level::kLanes,

@@ -61,6 +61,22 @@ struct CpuKernels {
                      const uint8_t* code, void* grad_input, float* scratch);
   int64_t (*grad_input_scratch)(const ConvBlockParams& p, int64_t threads);
 
+  // A depthwise convolution (depthwise_fits), ReLU or nothing after it. grad_z is channels_last and already
+  // zero where ReLU passes nothing; every product is made, so that infinities and NaN need no other way.
+  // y and grad_input are in the layout of the pool; grad_bias may be null. The forward and grad_input need
+  // depthwise_scratch floats for as many `threads` as they are told; grad_weight needs the same for any
+  // number.
+  void (*depthwise_forward)(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype,
+                            const void* input, const void* weight, const void* bias, void* y, float* scratch,
+                            int64_t threads);
+  void (*depthwise_grad_input)(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype,
+                               const void* weight, const void* grad_z, void* grad_input, float* scratch,
+                               int64_t threads);
+  void (*depthwise_grad_weight)(const ConvBlockParams& p, Dtype dtype, const void* input, const void* grad_z,
+                                void* grad_weight, void* grad_bias, float* scratch);
+  int64_t (*depthwise_scratch)(const ConvBlockParams& p, Dtype dtype, bool gradient, int64_t threads);
+  int64_t (*depthwise_grad_weight_scratch)(const ConvBlockParams& p, Dtype dtype);
+
   // to [N, pixels, C] = from, or 0 where y <= 0; `from` and y are channels_last or contiguous, y may be null.
   void (*to_channels_last)(int64_t batch, int64_t channels, int64_t pixels, Dtype dtype, bool from_last,
                            const void* from, bool y_last, const void* y, void* to);
@@ -149,6 +165,20 @@ inline bool grad_input_fits(const ConvBlockParams& p, Dtype dtype) {
   const double lists = conv_rows * p.conv.output_size[1] * (2 * (kMostListed * covering + 1) + 1);
   const double tile = rows * padded_length(p.conv, 1, p.conv.output_size[1]) * (p.conv.in_channels + 16.0);
   return block_fits(p, dtype) && p.pool.pool != Pool::avg && lists + tile <= kMostScratchFloats;
+}
+
+// One kernel per channel and no pooling. The smallest band, a row of outputs, and what lies under it must
+// fit, and so must the weights.
+inline bool depthwise_fits(const ConvBlockParams& p, Dtype dtype) {
+  const ConvParams& c = p.conv;
+  constexpr double kMostLanes = 16;  // to which fewer channels are widened
+  const double width = std::max(static_cast<double>(c.in_channels), kMostLanes);
+  const double rows = std::min((c.kernel[0] - 1.0) * c.dilation[0] + 1.0,
+                               static_cast<double>(std::max(c.input_size[0], c.output_size[0])));
+  const double row = width * std::max(c.input_size[1], c.output_size[1]);
+  return dtype != Dtype::float64 && p.pool.pool == Pool::none && c.groups == c.in_channels &&
+         c.out_channels == c.in_channels &&
+         (rows + 1.0) * row + 2.0 * (c.positions() + 1.0) * width <= kMostScratchFloats;
 }
 
 }  // namespace dlfast

@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "conv_relu_pool/op.h"
 #include "conv_relu_pool/op_cuda.h"
+#include "conv_relu_pool/op_depthwise.h"
 #include "conv_relu_pool/op_relu_pool.h"
 #include "conv_relu_pool/plan.h"
 
@@ -134,6 +135,11 @@ std::tuple<Tensor, Tensor> conv_relu_pool2d(const Tensor& input, const Tensor& w
     return epilogue();
   }
   const Path path = plan_forward(p, context).path();
+  if (path == Path::depthwise) {
+    Tensor output = empty_output(p.pool, input, input.scalar_type());
+    depthwise_forward(p, dtype, input, weight, bias, output);
+    return {output, empty_code(p.pool, input, save_code)};
+  }
   if (path != Path::pytorch) {
     if (auto result = own_forward(p, dtype, path, input, weight, bias, save_code)) return *result;
   }
@@ -342,10 +348,16 @@ Gradients cpu_backward(const Backward& b, const PlanContext& context, Mask mask)
   if (weight_path != Path::pytorch) {
     Tensor own_weight = at::empty(b.weight.sizes(), b.weight.options()).contiguous();
     Tensor own_bias = at::empty({p.conv.out_channels}, b.weight.options());
-    const bool done = weight_path == Path::winograd4
-                          ? winograd_grad_weight(p, b.dtype, gradient, b.input, own_weight)
-                          : own_grad_weight(p, b.dtype, weight_path, gradient, b.input, own_weight, own_bias);
-    if (done) {
+    const auto compute = [&] {
+      if (weight_path == Path::depthwise) {
+        depthwise_grad_weight(p, b.dtype, gradient.grad, b.input, own_weight, mask[2] ? own_bias : Tensor());
+        return true;
+      }
+      return weight_path == Path::winograd4
+                 ? winograd_grad_weight(p, b.dtype, gradient, b.input, own_weight)
+                 : own_grad_weight(p, b.dtype, weight_path, gradient, b.input, own_weight, own_bias);
+    };
+    if (compute()) {
       grad_weight = own_weight;
       if (mask[2]) grad_bias = weight_path == Path::winograd4 ? gradient.grad.sum({0, 2, 3}) : own_bias;
       mask[1] = mask[2] = false;
@@ -353,10 +365,15 @@ Gradients cpu_backward(const Backward& b, const PlanContext& context, Mask mask)
   }
   if (input_path != Path::pytorch) {
     Tensor own_input = at::empty(b.input.sizes(), b.input.options().memory_format(format_of(p.pool)));
-    const bool done = input_path == Path::sparse
-                          ? own_grad_input(p, b.dtype, gradient, b.weight, own_input)
-                          : winograd_grad_input(p, b.dtype, gradient, b.weight, own_input);
-    if (done) {
+    const auto compute = [&] {
+      if (input_path == Path::depthwise) {
+        depthwise_grad_input(p, b.dtype, gradient.grad, b.weight, own_input);
+        return true;
+      }
+      return input_path == Path::sparse ? own_grad_input(p, b.dtype, gradient, b.weight, own_input)
+                                        : winograd_grad_input(p, b.dtype, gradient, b.weight, own_input);
+    };
+    if (compute()) {
       grad_input = own_input;
       mask[0] = false;
     }

@@ -181,6 +181,42 @@ bool worth_it(const Sizes& s, std::string_view forced) {
   return s.groups == 1 || s.in >= s.lanes || forced != "";
 }
 
+// How many times faster our depthwise kernels are than PyTorch's, where that was measured (AVX2, float32,
+// kernels of 3x3 and 5x5, up to 960 channels), or 0 where PyTorch's win or nobody looked. PyTorch's forward
+// and grad_input are as fast as memory allows once the tensors leave the caches, so that ours win by what
+// they save: the pass of ReLU, and the start of a call where it is short.
+double depthwise_gain(const ConvBlockParams& p, const PlanContext& context, Part part) {
+  const ConvParams& c = p.conv;
+  const Sizes s(p, context.dtype);
+  constexpr int64_t kDepthwiseChannels = 32;
+  if (context.dtype != Dtype::float32 || level_speed() < 1.0 || c.positions() < 9 ||
+      c.in_channels < kDepthwiseChannels || c.dilation[0] != 1 || c.dilation[1] != 1) {
+    return 0.0;
+  }
+  const bool channels_last = p.pool.channels_last && p.input_strides[1] == 1;
+  const bool large = c.positions() >= 25, dense = c.stride[0] == 1 && c.stride[1] == 1;
+  const double bytes = (s.input + s.z) * s.element;
+  if (part == Part::grad_weight) {
+    if (large) return 2.5;
+    return channels_last && (dense || bytes <= 8e6) ? 1.2 : 0.0;
+  }
+  if (!channels_last) return 0.0;
+  if (part == Part::grad_input) return dense || large || bytes <= 8e6 ? 1.1 : 0.0;
+  if (!is_alone(p)) return dense || bytes <= 8e6 ? 1.15 : 0.0;
+  return bytes <= (dense ? 28e6 : 2e6) ? 1.05 : 0.0;
+}
+
+// PyTorch's way is the first of `ways`.
+void add_depthwise(Candidates& ways, const ConvBlockParams& p, const PlanContext& context, Part part,
+                   std::string_view forced) {
+  if (!depthwise_fits(p, context.dtype)) return;
+  const double gain = depthwise_gain(p, context, part);
+  if (gain == 0.0 && forced == "") return;
+  const Candidate pytorch = ways.choice().candidates[0];
+  const double factor = gain == 0.0 ? 1.0 : 1.0 / gain;
+  ways.add(Path::depthwise, pytorch.flops * factor, pytorch.bytes * factor);
+}
+
 // What grad_weight and grad_input have in common; PyTorch's way is among `ways` already.
 struct Backward {
   std::string_view forced = forced_cpu_plan();
@@ -218,8 +254,8 @@ bool cuda_plan_is_forced() {
 }
 
 const char* path_name(Path path) {
-  constexpr const char* names[] = {"eager",     "pytorch", "direct",  "winograd2",
-                                   "winograd4", "sparse",  "patches", "single"};
+  constexpr const char* names[] = {"eager",  "pytorch", "direct",    "winograd2", "winograd4",
+                                   "sparse", "patches", "depthwise", "single"};
   return names[static_cast<int>(path)];
 }
 
@@ -240,7 +276,9 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
   Candidates ways(context);
   ways.add(Path::pytorch, flops / pytorch_speed(p, context.dtype, kPyTorchSpeed) + 2 * kPyTorchCall * threads,
            own_bytes + passes * 2 * s.z * s.element);
-  if (forced == "epilogue" || !worth_it(s, forced)) return ways.choice();
+  if (forced == "epilogue") return ways.choice();
+  add_depthwise(ways, p, context, Part::forward, forced);
+  if (!worth_it(s, forced)) return ways.choice();
   if ((!is_alone(p) || forced != "") && accepts_forward(p, 0, context)) {
     const double used = s.out / round_up(s.out, s.lanes);
     ways.add(Path::direct,
@@ -256,6 +294,7 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
              own_bytes + winograd_weight_bytes(s, static_cast<double>(p.conv.batch), m));
   }
   if (forced != "") ways.force(Path::direct);
+  if (forced == "direct") ways.force(Path::depthwise);
   if (forced == "winograd2") ways.force(Path::winograd2);
   if (forced == "winograd4") ways.force(Path::winograd4);
   return ways.choice();
@@ -267,6 +306,7 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   const Sizes& s = b.s;
   if (b.forced == "epilogue") return b.ways.choice();
   const CpuKernels& kernels = cpu_kernels();
+  add_depthwise(b.ways, p, context, Part::grad_weight, b.forced);
   if (b.worth_listing(p) && grad_weight_fits(p, false, context.dtype, kernels)) b.add_sparse();
   if (b.worth_listing(p) && grad_weight_fits(p, true, context.dtype, kernels)) {
     const double patch = round_up(s.taps * s.in, s.lanes);
@@ -294,6 +334,7 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   if (b.forced != "") {
     b.ways.force(tiles ? Path::winograd4 : b.ways.has(Path::patches) ? Path::patches : Path::sparse);
   }
+  if (b.forced == "direct") b.ways.force(Path::depthwise);
   return b.ways.choice();
 }
 
@@ -302,6 +343,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   Backward b(p, context);
   const Sizes& s = b.s;
   if (b.forced == "epilogue") return b.ways.choice();
+  add_depthwise(b.ways, p, context, Part::grad_input, b.forced);
   if (b.worth_listing(p) && grad_input_fits(p, context.dtype)) b.add_sparse();
   if (p.pool.pool == Pool::none && accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 &&
       p.conv.padding[1] <= 2) {
@@ -315,6 +357,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   }
   const bool tiles = b.forced == "winograd4" && b.ways.has(Path::winograd4);
   if (b.forced != "") b.ways.force(tiles ? Path::winograd4 : Path::sparse);
+  if (b.forced == "direct") b.ways.force(Path::depthwise);
   return b.ways.choice();
 }
 

@@ -22,6 +22,7 @@ enum class Path {
               // transpose
   sparse,     // backward: our kernels, what passes no gradient is skipped
   patches,    // the same for few input channels, grad_weight only
+  depthwise,  // one kernel per channel: ours, every product, no pooling
   single,     // CUDA: one kernel of ours, neither the convolution output nor its gradient is written
 };
 
@@ -36,7 +37,7 @@ struct Candidate {
 
 // Candidates of one part of a block, with PyTorch's first; `best` is the one to take.
 struct Choice {
-  std::array<Candidate, 4> candidates;
+  std::array<Candidate, 5> candidates;
   int count;
   int best;
 

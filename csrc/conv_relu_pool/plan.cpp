@@ -181,20 +181,22 @@ bool worth_it(const Sizes& s, std::string_view forced) {
   return s.groups == 1 || s.in >= s.lanes || forced != "";
 }
 
-// How many times faster our depthwise kernels are than PyTorch's, where that was measured (AVX2, float32,
-// kernels of 3x3 and 5x5, up to 960 channels), or 0 where PyTorch's win or nobody looked. PyTorch's forward
-// and grad_input are as fast as memory allows once the tensors leave the caches, so that ours win by what
-// they save: the pass of ReLU, and the start of a call where it is short.
+// How many times faster our depthwise kernels are than PyTorch's where that was measured, or 0 where
+// PyTorch's win or nobody looked. Fitted to the layers of MobileNetV3 at batches of 1 and 32 (AVX2, float32,
+// one thread and two). PyTorch's forward and grad_input are as fast as memory allows once the tensors leave
+// the caches, so that ours win by what they save: the pass of ReLU, and the start of a call where it is
+// short.
 double depthwise_gain(const ConvBlockParams& p, const PlanContext& context, Part part) {
   const ConvParams& c = p.conv;
   const Sizes s(p, context.dtype);
   constexpr int64_t kDepthwiseChannels = 32;
-  if (context.dtype != Dtype::float32 || level_speed() < 1.0 || c.positions() < 9 ||
+  const bool known_kernel = c.kernel[0] == c.kernel[1] && (c.kernel[0] == 3 || c.kernel[0] == 5);
+  if (context.dtype != Dtype::float32 || level_speed() < 1.0 || !known_kernel ||
       c.in_channels < kDepthwiseChannels || c.dilation[0] != 1 || c.dilation[1] != 1) {
     return 0.0;
   }
   const bool channels_last = p.pool.channels_last && p.input_strides[1] == 1;
-  const bool large = c.positions() >= 25, dense = c.stride[0] == 1 && c.stride[1] == 1;
+  const bool large = c.kernel[0] == 5, dense = c.stride[0] == 1 && c.stride[1] == 1;
   const double bytes = (s.input + s.z) * s.element;
   if (part == Part::grad_weight) {
     if (large) return 2.5;

@@ -448,8 +448,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool2d_backward(
 
 bool is_plain_convolution(const Tensor& input, const Tensor& weight, const BlockArgs& block,
                           const PoolArgs& pooling, bool backward) {
-  if (pooling.pool || pooling.activation || !input.is_cpu() || input.numel() == 0 ||
-      input.key_set().has(c10::DispatchKey::Python) || !weight.is_cpu() || input.dim() != 4) {
+  // While somebody traces there may be no sizes, nor numbers.
+  const auto has_numbers = [](const Tensor& t) {
+    return t.is_cpu() && !t.key_set().has(c10::DispatchKey::Python) &&
+           !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  if (pooling.pool || pooling.activation || !has_numbers(input) || !has_numbers(weight) ||
+      input.numel() == 0 || input.dim() != 4) {
     return false;
   }
   constexpr const char* op = "conv_relu_pool2d";

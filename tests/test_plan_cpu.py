@@ -55,3 +55,11 @@ def test_16_bits_are_left_to_pytorch_where_the_cpu_has_instructions_for_them(dty
     has = torch.cpu.get_capabilities()
     plan = plan_of(dtype)
     assert (plan.forward == "pytorch") == any(has.get(name, False) for name in instructions)
+
+
+@pytest.mark.parametrize(("channels", "groups", "size", "way"), [(128, 32, 56, "pytorch"), (64, 2, 56, "winograd4")])
+def test_winograd_in_groups_needs_channels_and_tiles(channels, groups, size, way):
+    """Convolutions alone, as a normalisation follows them: the groups of ResNeXt are too small for transforms."""
+    block = dlfast.nn.ConvReLUPool2d(channels, channels, 3, padding=1, groups=groups, activation=None, pool=None)
+    plan = dlfast.explain(block, torch.zeros(4, channels, size, size, requires_grad=True))
+    assert (plan.forward, plan.grad_input, plan.grad_weight) == (way,) * 3

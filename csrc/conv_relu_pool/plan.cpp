@@ -181,6 +181,15 @@ bool worth_it(const Sizes& s, std::string_view forced) {
   return s.groups == 1 || s.in >= s.lanes || forced != "";
 }
 
+// The same for Winograd's method: each group of each image has transforms of its own, which few channels or a
+// few tiles do not pay for.
+bool worth_tiles(const Sizes& s, const int64_t (&size)[2], std::string_view forced) {
+  constexpr double kLeastWork = 500.0;  // channels times tiles of 4x4
+  const double tiles =
+      round_up(static_cast<double>(size[0]), 4) * round_up(static_cast<double>(size[1]), 4) / 16;
+  return worth_it(s, forced) && (s.groups == 1 || forced != "" || s.in * tiles >= kLeastWork);
+}
+
 // How many times faster our depthwise kernels are than PyTorch's where that was measured, or 0 where
 // PyTorch's win or nobody looked. Fitted to the layers of MobileNetV3 at batches of 1 and 32 (AVX2, float32,
 // one thread and two). PyTorch's forward and grad_input are as fast as memory allows once the tensors leave
@@ -288,7 +297,7 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
              own_bytes);
   }
   for (const int64_t m : {2, 4}) {
-    if (!accepts_forward(p, m, context)) continue;
+    if (!accepts_forward(p, m, context) || !worth_tiles(s, p.conv.output_size, forced)) continue;
     ways.add(m == 2 ? Path::winograd2 : Path::winograd4,
              winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.output_size[0]),
                             static_cast<double>(p.conv.output_size[1]), s.in, s.out, m) +
@@ -316,7 +325,8 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
     b.ways.add(Path::patches, (2.0 * b.live * patch / kSparseSpeed + gathered) / level_speed() + b.listing,
                b.own_bytes);
   }
-  if (b.worth_it() && p.pool.pool == Pool::none && accepts_forward(p, 4, context)) {
+  if (worth_tiles(s, p.conv.output_size, b.forced) && p.pool.pool == Pool::none &&
+      accepts_forward(p, 4, context)) {
     const double elements = 36.0 / 16.0 * round_up(static_cast<double>(p.conv.output_size[0]), 4) *
                             round_up(static_cast<double>(p.conv.output_size[1]), 4) *
                             static_cast<double>(p.conv.batch) * s.groups;
@@ -347,8 +357,8 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   if (b.forced == "epilogue") return b.ways.choice();
   add_depthwise(b.ways, p, context, Part::grad_input, b.forced);
   if (b.worth_listing(p) && grad_input_fits(p, context.dtype)) b.add_sparse();
-  if (p.pool.pool == Pool::none && accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 &&
-      p.conv.padding[1] <= 2) {
+  if (worth_tiles(s, p.conv.input_size, b.forced) && p.pool.pool == Pool::none &&
+      accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 && p.conv.padding[1] <= 2) {
     const double batch = static_cast<double>(p.conv.batch);
     b.ways.add(Path::winograd4,
                winograd_flops(s, batch, static_cast<double>(p.conv.input_size[0]),

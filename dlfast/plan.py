@@ -20,7 +20,8 @@ PATHS = {
     "winograd2": "fused Winograd F(2x2, 3x3)",
     "winograd4": "fused Winograd F(4x4, 3x3)",
     "sparse": "only what passes gradient",
-    "patches": "only what passes gradient, few channels",
+    "rows": "only what passes gradient, few channels",
+    "masked": "few channels, the gradient masked by who won",
     "depthwise": "depthwise convolution",
     "single": "one fused kernel",
     "reference": "plain PyTorch",
@@ -64,8 +65,8 @@ class Plan:
 
     Attributes:
         forward, grad_input, grad_weight: names of the chosen ways: "pytorch" (PyTorch's kernels with one pass
-            of ours), "direct", "winograd2", "winograd4", "sparse", "patches", "depthwise", on CUDA "single", or
-            "reference" where compiled operators do not run at all. On CUDA "eager" stands among the predicted
+            of ours), "direct", "winograd2", "winograd4", "sparse", "rows", "masked", "depthwise", on CUDA "single",
+            or "reference" where compiled operators do not run at all. On CUDA "eager" stands among the predicted
             candidates for comparison. With `torch.backends.cudnn.benchmark` whole blocks are measured, and it is the
             name of all three where PyTorch's kernels, one by one, were faster.
         reason: why, in a sentence.

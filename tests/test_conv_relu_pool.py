@@ -18,7 +18,7 @@ from dlfast import reference
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["direct", "winograd2", "epilogue"])
+@pytest.fixture(params=["direct", "masked", "winograd2", "epilogue"])
 def plan(request, monkeypatch):
     """Every way of computing a block that is exact on whole numbers, whichever the planner would choose."""
     monkeypatch.setenv("DLFAST_PLAN", request.param)
@@ -308,7 +308,7 @@ def test_gradcheck(case):
 
 
 @needs_native
-@pytest.mark.parametrize("plan", ["direct", "winograd2", "winograd4", "epilogue"])
+@pytest.mark.parametrize("plan", ["direct", "masked", "winograd2", "winograd4", "epilogue"])
 @pytest.mark.parametrize("channels", [3, 24])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):

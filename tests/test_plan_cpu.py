@@ -38,7 +38,8 @@ def test_wide_3x3_blocks_take_winograd():
 
 
 @pytest.mark.parametrize(
-    ("forced", "forward"), [("direct", "direct"), ("winograd2", "winograd2"), ("epilogue", "pytorch")]
+    ("forced", "forward"),
+    [("direct", "direct"), ("masked", "direct"), ("winograd2", "winograd2"), ("epilogue", "pytorch")],
 )
 def test_a_forced_plan_is_the_plan(monkeypatch, forced, forward):
     monkeypatch.setenv("DLFAST_PLAN", forced)

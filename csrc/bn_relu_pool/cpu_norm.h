@@ -310,7 +310,7 @@ void reduce_winners(const ReluPoolParams& p, const T* z, const T* grad_y, const 
             const Span across = window_span(p, 1, px);
             const int64_t in = (row * p.output_size[1] + px) * lanes + c;
             const V g = load_compute<N>(grad_y + in);
-            const Index won = __builtin_convertvector(load<Vec<Code, N>>(code + in), Index);
+            const Index won = convert_integers<Index>(load<Vec<Code, N>>(code + in));
             for (int64_t h = over.begin; h < over.end; ++h) {
               for (int64_t w = across.begin; w < across.end; ++w) {
                 const auto here = static_cast<typename Winner<V>::Position>(

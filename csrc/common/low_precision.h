@@ -17,14 +17,6 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <typename To, typename From>
-DLFAST_INLINE To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
 template <int N>
 DLFAST_INLINE Vec<float, N> widen(Vec<uint16_t, N> h, BFloat16*) {
   return bits_as<Vec<float, N>>(__builtin_convertvector(h, Vec<uint32_t, N>) << 16);

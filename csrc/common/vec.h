@@ -41,11 +41,37 @@ DLFAST_INLINE V broadcast(T x) {
   return x - V{};
 }
 
+template <typename To, typename From>
+DLFAST_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Unsigned integers of another width. GCC takes eight bytes apart number by number when they are to become 32
+// bits wide or come from there, but not on the way over 16 bits.
+template <typename To, typename From>
+DLFAST_INLINE To convert_integers(From v) {
+#if !defined(__clang__)
+  using U16 = Vec<uint16_t, 8>;
+  if constexpr (sizeof(From) == 8 && sizeof(To) == 32) {
+    using U8 = Vec<uint8_t, 16>;
+    const U8 bytes = bits_as<U8>(Vec<uint64_t, 2>{bits_as<uint64_t>(v), 0});
+    const U8 pairs = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    return __builtin_convertvector(bits_as<U16>(__builtin_shuffle(bytes, U8{}, pairs)), To);
+  } else if constexpr (sizeof(From) == 32 && sizeof(To) == 8) {
+    return __builtin_convertvector(__builtin_convertvector(v, U16), To);
+  }
+#endif
+  return __builtin_convertvector(v, To);
+}
+
 // Both compilers' name for the elements of a and, from N on, of b at constant places.
 #if defined(__clang__)
 #define DLFAST_SHUFFLE(a, b, places) __builtin_shufflevector(a, b, places)
 #else
-#define DLFAST_SHUFFLE(a, b, places) __builtin_shuffle(a, b, Vec<int32_t, N>{places})
+#define DLFAST_SHUFFLE(a, b, places) __builtin_shuffle(a, b, decltype(a < b){places})
 #endif
 
 // One step of a transpose: squares of STEP rows and columns change places across the diagonal.

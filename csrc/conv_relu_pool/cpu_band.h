@@ -7,8 +7,21 @@ namespace dlfast::DLFAST_LEVEL {
 
 using F = Vec<float, kLanes>;
 
+// Whether no lane of a sum of 0 * x is NaN: every x was finite.
+DLFAST_INLINE bool all_zero(F doubt) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (doubt[lane] != 0.0f) return false;
+  }
+  return true;
+}
+
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
+}
+
+// Parts of a thread's scratch start on cache lines, so that no register of them lies across two.
+inline int64_t whole_lines(int64_t floats) {
+  return round_up(floats, 16);
 }
 
 struct Bands {
@@ -33,6 +46,7 @@ struct Bands {
     row_stride = cols * p.conv.group_in();
   }
   int64_t input_floats() const { return rows * row_stride; }
+  int64_t tiles() const { return conv_rows * conv_cols / (tile * tile); }
 };
 
 // One band of one image.

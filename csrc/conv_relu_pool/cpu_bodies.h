@@ -16,7 +16,8 @@
 #include "conv_relu_pool/cpu_grad_input.h"
 #include "conv_relu_pool/cpu_grad_weight.h"
 #include "conv_relu_pool/cpu_grad_weight_channels.h"
-#include "conv_relu_pool/cpu_grad_weight_patches.h"
+#include "conv_relu_pool/cpu_grad_weight_rows.h"
+#include "conv_relu_pool/cpu_grad_weight_masked.h"
 #include "conv_relu_pool/cpu_winograd_grad_weight.h"
 #include "conv_relu_pool/cpu_planes.h"
 #include "conv_relu_pool/cpu_relu_pool.h"
@@ -41,9 +42,10 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
                .backward = level::norm_backward},
       .forward = level::forward,
       .forward_scratch = level::forward_scratch,
+      .forward_from_pooled = level::forward_from_pooled,
       .grad_weight = level::grad_weight,
       .grad_weight_scratch = level::grad_weight_scratch,
-      .most_patch_taps = level::kMaxTaps,
+      .most_row_taps = level::kMaxTaps,
       .weight_bands = level::weight_bands,
       .weight_tiles = level::weight_tiles,
       .weight_sources = level::weight_sources,

@@ -142,11 +142,12 @@ DLFAST_INLINE void start(const float* bias, F (&acc)[PIXELS][VECTORS]) {
   }
 }
 
-// `windows` 2x2 windows side by side, from pooled column px on: all four pixels of each in registers.
-template <int WINDOWS, int VECTORS>
+// WINDOWS 2x2 windows side by side, from pooled column px on: all four pixels of each in registers. FINITE
+// takes the shorter way to the winners of finite numbers, and leaves a NaN in `doubt` if one was not.
+template <bool FINITE, int WINDOWS, int VECTORS>
 DLFAST_INLINE void pooled_2x2(const ConvBlockParams& p, const Bands& bands, const Taps& taps,
                               const float* row, const float* weight, const float* bias, int64_t px,
-                              int64_t pixel, const PooledTile& tile) {
+                              int64_t pixel, const PooledTile& tile, F& doubt) {
   const int64_t step_x = p.conv.stride[1] * p.conv.group_in(), step_y = p.conv.stride[0] * bands.row_stride;
   const float* pixels[4 * WINDOWS];
   for (int w = 0; w < WINDOWS; ++w) {
@@ -158,31 +159,48 @@ DLFAST_INLINE void pooled_2x2(const ConvBlockParams& p, const Bands& bands, cons
   for (int w = 0; w < WINDOWS; ++w) {
     Winner<F> winners[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
-      winners[v].start(0);
-      for (int q = 0; q < 4; ++q) winners[v].offer(acc[4 * w + q][v], q);
+      const F values[4] = {acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v]};
+      if constexpr (FINITE) {
+        doubt = ((values[0] + values[1]) + (values[2] + values[3])) * 0.0f + doubt;
+        winners[v].of_finite(values);
+      } else {
+        winners[v].start(0);
+        for (int q = 0; q < 4; ++q) winners[v].offer(values[q], q);
+      }
       if (p.pool.activation == Activation::relu) winners[v].apply_relu();
     }
     tile.put(pixel + w, winners);
   }
 }
 
+// One pooled row; false, and the row unusable, if it was to be FINITE and is not.
+template <bool FINITE, int VECTORS>
+bool row_2x2(const ConvBlockParams& p, const Bands& bands, const Taps& taps, const float* row,
+             const float* weight, const float* bias, int64_t pixel, const PooledTile& tile) {
+  const int64_t pooled_width = p.pool.output_size[1];
+  F doubt{};
+  int64_t px = 0;
+  if (pooled_width >= kWindows) {
+    for (; px < pooled_width; px += kWindows) {
+      // The last group steps back over windows already done rather than doing the rest one by one.
+      const int64_t at = std::min(px, pooled_width - kWindows);
+      pooled_2x2<FINITE, kWindows, VECTORS>(p, bands, taps, row, weight, bias, at, pixel + at, tile, doubt);
+    }
+  }
+  for (; px < pooled_width; ++px) {
+    pooled_2x2<FINITE, 1, VECTORS>(p, bands, taps, row, weight, bias, px, pixel + px, tile, doubt);
+  }
+  return all_zero(doubt);
+}
+
 template <int VECTORS>
 void band_2x2(const ConvBlockParams& p, const Bands& bands, const Band& band, const Taps& taps,
               const float* packed, const float* weight, const float* bias, const PooledTile& tile) {
-  const int64_t pooled_width = p.pool.output_size[1];
   for (int64_t py = 0; py < band.pooled_rows; ++py) {
     const float* row = packed + 2 * py * p.conv.stride[0] * bands.row_stride;
-    const int64_t pixel = py * pooled_width;
-    int64_t px = 0;
-    if (pooled_width >= kWindows) {
-      for (; px < pooled_width; px += kWindows) {
-        // The last group steps back over windows already done rather than doing the rest one by one.
-        const int64_t at = std::min(px, pooled_width - kWindows);
-        pooled_2x2<kWindows, VECTORS>(p, bands, taps, row, weight, bias, at, pixel + at, tile);
-      }
-    }
-    for (; px < pooled_width; ++px) {
-      pooled_2x2<1, VECTORS>(p, bands, taps, row, weight, bias, px, pixel + px, tile);
+    const int64_t pixel = py * p.pool.output_size[1];
+    if (!row_2x2<true, VECTORS>(p, bands, taps, row, weight, bias, pixel, tile)) {
+      row_2x2<false, VECTORS>(p, bands, taps, row, weight, bias, pixel, tile);
     }
   }
 }

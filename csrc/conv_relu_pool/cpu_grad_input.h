@@ -52,17 +52,17 @@ struct GradInputScratch {
     const int64_t covering =
         ((window.size[0] - 1) / window.stride[0] + 1) * ((window.size[1] - 1) / window.stride[1] + 1);
     capacity = chunk * covering + 1;  // one beyond, written and not counted
-    weight = blocks * kLanes * conv.group_out() * conv.positions();
+    weight = whole_lines(blocks * kLanes * conv.group_out() * conv.positions());
     tile = blocks * rows * cols * kLanes;
-    lists = 2 * conv_rows * conv.output_size[1] * capacity;
-    ends = 2 * conv_rows * conv.output_size[1];
+    lists = whole_lines(2 * conv_rows * conv.output_size[1] * capacity);
+    ends = whole_lines(2 * conv_rows * conv.output_size[1]);
   }
-  int64_t per_thread() const { return round_up(ends + lists + tile, 2); }  // pointers stay aligned
+  int64_t per_thread() const { return whole_lines(ends + lists + tile); }
 };
 
 int64_t grad_input_scratch(const ConvBlockParams& p, int64_t threads) {
   const GradInputScratch sizes(p);
-  return round_up(p.conv.groups * sizes.weight, 2) + threads * sizes.per_thread();
+  return p.conv.groups * sizes.weight + threads * sizes.per_thread();
 }
 
 // The products, which do not depend on the dtype of the tensors.
@@ -218,11 +218,13 @@ struct GradInput {
         }
         continue;
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* from = row + c / kLanes * block_size + c % kLanes;
-        T* to = grad_input + ((image * conv.in_channels + group * channels + c) * height + y) * width;
-        for (int64_t x = 0; x < reached; ++x) to[x] = static_cast<T>(from[x * kLanes]);
-        std::fill(to + reached, to + width, T(0));
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t lanes = std::min<int64_t>(kLanes, channels - c), plane = height * width;
+        T* to = grad_input + (image * conv.in_channels + group * channels + c) * plane + y * width;
+        transpose_matrix(row + c / kLanes * block_size, kLanes, reached, lanes, to, plane);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          std::fill(to + lane * plane + reached, to + lane * plane + width, T(0));
+        }
       }
     }
   }
@@ -235,7 +237,8 @@ struct GradInput {
     Live** ends = reinterpret_cast<Live**>(scratch);
     Live* lists = reinterpret_cast<Live*>(scratch + sizes.ends);
     float* tile = scratch + sizes.ends + sizes.lists;
-    const int64_t block_size = sizes.rows * sizes.cols * kLanes, block_weight = sizes.weight / sizes.blocks;
+    const int64_t block_size = sizes.rows * sizes.cols * kLanes,
+                  block_weight = kLanes * outputs * conv.positions();
     std::fill_n(tile, sizes.tile, 0.0f);
     for (int64_t k = 0; k < outputs; k += sizes.chunk) {
       list(image, rows, group * outputs + k, std::min(sizes.chunk, outputs - k), lists, ends);
@@ -259,7 +262,7 @@ bool grad_input_of(const ConvBlockParams& p, const T* weight, const T* grad_y, c
     finite &= work.pack_weight(weight + group * numel, scratch + group * sizes.weight);
   }
   if (!finite) return false;
-  float* own = scratch + round_up(p.conv.groups * sizes.weight, 2);
+  float* own = scratch + p.conv.groups * sizes.weight;
   at::parallel_for(0, p.conv.batch * sizes.per_image * p.conv.groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       work.unit(index, scratch, own + at::get_thread_num() * sizes.per_thread());

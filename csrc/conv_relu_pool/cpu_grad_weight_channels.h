@@ -51,22 +51,25 @@ StreamChannels stream_channels_of(int64_t cols) {
   return nullptr;  // ChannelPacking asks for no other
 }
 
+// At most kMostRows.
 inline StreamChannels stream_channels_of(int64_t rows, int64_t cols) {
   return rows == 1   ? stream_channels_of<1>(cols)
          : rows == 2 ? stream_channels_of<2>(cols)
                      : stream_channels_of<3>(cols);
 }
+constexpr int64_t kMostRows = 3;
 
 // packed [block][rows][cols][kLanes]; own [block][K][kh * kw][kLanes].
 struct ChannelPacking {
   const ConvBlockParams& p;
   GradWeightSizes sizes;
-  int64_t blocks;              // of input channels
-  int64_t row_step, col_step;  // of a convolution position in a block
-  int64_t weight, input;       // floats
-  int64_t tap_rows, tap_cols;  // accumulated together
+  int64_t blocks;                // of input channels
+  int64_t row_step, col_step;    // of a convolution position in a block
+  int64_t lists, weight, input;  // floats
+  int64_t tap_rows, tap_cols;    // accumulated together
 
-  explicit ChannelPacking(const ConvBlockParams& params) : p(params), sizes(params) {
+  explicit ChannelPacking(const ConvBlockParams& params)
+      : p(params), sizes(params), lists(UnitLists::floats(sizes)) {
     const ConvParams& conv = p.conv;
     blocks = (conv.group_in() + kLanes - 1) / kLanes;
     row_step = conv.stride[0] * sizes.cols * kLanes;
@@ -75,10 +78,7 @@ struct ChannelPacking {
     input = blocks * sizes.rows * sizes.cols * kLanes;
     const bool together = conv.dilation[1] == 1 && conv.kernel[1] <= 7 && conv.kernel[1] != 6;
     tap_cols = together ? conv.kernel[1] : 1;
-    tap_rows = std::min(std::min<int64_t>(kMostStreamed / tap_cols, 3), conv.kernel[0]);
-  }
-  int64_t per_slot() const {
-    return round_up(sizes.ends + sizes.lists + sizes.bias + weight + input, 2);  // pointers stay aligned
+    tap_rows = std::min(std::min<int64_t>(kMostStreamed / tap_cols, kMostRows), conv.kernel[0]);
   }
   int64_t place(int64_t k, int64_t c, int64_t tap) const {
     return ((c / kLanes * p.conv.group_out() + k) * p.conv.positions() + tap) * kLanes + c % kLanes;
@@ -117,8 +117,12 @@ struct ChannelPacking {
     return all_zero(doubt);
   }
 
-  void accumulate(const Live* lists, Live* const* ends, const float* packed, float* own) const {
+  template <typename T>
+  void accumulate(const PooledGradient<T>& gradient, const Unit& unit, const float* packed, float* scratch,
+                  float* own, float* bias) const {
     const ConvParams& conv = p.conv;
+    const UnitLists live(sizes, scratch);
+    live.fill(p, sizes, gradient, unit, row_step, col_step, bias);
     const int64_t outputs = conv.group_out();
     const int64_t row = conv.dilation[0] * sizes.cols * kLanes, grad_row = conv.kernel[1] * kLanes;
     for (int64_t block = 0; block < blocks; ++block) {
@@ -129,7 +133,7 @@ struct ChannelPacking {
           const float* at = of_block + r * row + s * conv.dilation[1] * kLanes;
           for (int64_t k = 0; k < outputs; ++k) {
             float* to = own + ((block * outputs + k) * conv.positions() + r * conv.kernel[1] + s) * kLanes;
-            stream(lists + k * sizes.capacity, ends[k], at, row, to, grad_row);
+            stream(live.begin(k), live.end(k), at, row, to, grad_row);
           }
         }
       }

@@ -20,6 +20,13 @@ struct WeightSteps {
   int64_t group;
 };
 
+// How grad_weight comes from a pooled gradient. The first two visit what passes gradient only.
+enum class GradWeightWay {
+  channels,  // many input channels
+  rows,      // few of them
+  masked,    // few of them and a small kernel: every product, windows of four positions or none
+};
+
 struct CpuKernels {
   ReluPoolBackend relu_pool;
   NormKernels norm;
@@ -30,6 +37,11 @@ struct CpuKernels {
   bool (*forward)(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype, const void* input,
                   const void* weight, const void* bias, void* y, uint8_t* code, float* scratch);
   int64_t (*forward_scratch)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
+  // The same with the gradient of max pooling as the input: where grad_y went, or 0. grad_y and code are
+  // channels_last, pool is what made them.
+  bool (*forward_from_pooled)(const ConvBlockParams& p, const ReluPoolParams& pool, const WeightSteps& steps,
+                              Dtype dtype, const void* grad_y, const uint8_t* code, const void* weight,
+                              void* y, float* scratch);
 
   // The gradients from a pooled gradient: only the positions that pass gradient are visited. grad_y is
   // channels_last; with max pooling code is its uint8 code, channels_last too, without pooling what is zero
@@ -37,12 +49,12 @@ struct CpuKernels {
   // grad_weight) or the weight (for grad_input) holds an infinity or a NaN: those meet the zeros that are
   // skipped here, and PyTorch's product of the two is NaN.
 
-  // grad_weight like weight, grad_bias [K]. With `patches` the way for few input channels is taken.
-  bool (*grad_weight)(const ConvBlockParams& p, bool patches, Dtype dtype, const void* input,
+  // grad_weight like weight, grad_bias [K].
+  bool (*grad_weight)(const ConvBlockParams& p, GradWeightWay way, Dtype dtype, const void* input,
                       const void* grad_y, const uint8_t* code, void* grad_weight, void* grad_bias,
                       float* scratch);
-  int64_t (*grad_weight_scratch)(const ConvBlockParams& p, bool patches, int64_t threads);
-  int64_t most_patch_taps;  // kh * kw * C / groups that `patches` accepts
+  int64_t (*grad_weight_scratch)(const ConvBlockParams& p, GradWeightWay way, int64_t threads);
+  int64_t most_row_taps;  // kh * kw * C / groups that `rows` accepts
 
   // The same by Winograd's method where nothing was pooled, p.winograd being 4. Work is cut into bands. Of
   // the tiles of bands [first, last) `weight_sources` makes inputs [36, tiles, C] and gradients [36, tiles,
@@ -117,6 +129,10 @@ constexpr double kMostScratchFloats = 4.0 * 1024 * 1024;
 // Winograd's tiles transformed at once, at least, where there are as many: the weights pass by once for all.
 constexpr int64_t kWinogradTiles = 48;
 
+// Pooled columns of a unit of grad_weight, at most: the input rows under a kernel stay in the first-level
+// cache.
+constexpr int64_t kGradWeightCols = 28;
+
 // Positions of the padded input, along an axis, under `length` positions of the convolution output.
 inline double padded_length(const ConvParams& conv, int axis, double length) {
   return (length - 1.0) * conv.stride[axis] + (conv.kernel[axis] - 1.0) * conv.dilation[axis] + 1.0;
@@ -143,17 +159,30 @@ inline bool forward_fits(const ConvBlockParams& p, Dtype dtype, bool save_code) 
   const ConvParams& c = p.conv;
   const bool winograd_fits = c.kernel[0] == 3 && c.kernel[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
                              c.dilation[0] == 1 && c.dilation[1] == 1 &&
-                             36.0 * kWinogradTiles * (c.group_in() + 64.0) <= kMostScratchFloats;
+                             36.0 * 1.5 * kWinogradTiles * (c.group_in() + 64.0) <= kMostScratchFloats;
   return block_fits(p, dtype) && !mask_wanted && (p.winograd == 0 || winograd_fits) &&
          smallest_band_fits(
              p, p.winograd == 0 ? kOutputsPerPosition : 5.0 * c.in_channels + 2.0 * c.out_channels);
 }
 
-inline bool grad_weight_fits(const ConvBlockParams& p, bool patches, Dtype dtype, const CpuKernels& kernels) {
+// Whether a window has four positions, all of them inside.
+inline bool whole_windows_of_four(const ReluPoolParams& pool) {
+  const PoolWindow& w = pool.window;
+  const auto inside = [&](int axis) {
+    return w.padding[axis] == 0 &&
+           (pool.output_size[axis] - 1) * w.stride[axis] + w.size[axis] <= pool.input_size[axis];
+  };
+  return pool.window_positions() == 4 && inside(0) && inside(1);
+}
+
+inline bool grad_weight_fits(const ConvBlockParams& p, GradWeightWay way, Dtype dtype,
+                             const CpuKernels& kernels) {
   const int64_t taps = p.conv.positions() * p.conv.group_in();
-  const double per_position = patches ? static_cast<double>(taps + kernels.lanes) : 0.0;
-  return block_fits(p, dtype) && p.pool.pool != Pool::avg && !(patches && taps > kernels.most_patch_taps) &&
-         smallest_band_fits(p, 2.0 * p.conv.group_out() + per_position);
+  const bool accepted = way == GradWeightWay::channels || taps <= kernels.most_row_taps;
+  const bool windows =
+      way != GradWeightWay::masked || p.pool.pool == Pool::none || whole_windows_of_four(p.pool);
+  return block_fits(p, dtype) && p.pool.pool != Pool::avg && accepted && windows &&
+         smallest_band_fits(p, way == GradWeightWay::masked ? 0.0 : 2.0 * p.conv.group_out());
 }
 
 inline bool grad_input_fits(const ConvBlockParams& p, Dtype dtype) {

@@ -37,6 +37,13 @@ class PooledGradient {
     }
   }
 
+  const T* grad() const { return grad_; }
+  const uint8_t* code() const { return code_; }
+  // Where the numbers of a pooled pixel start in both.
+  DLFAST_INLINE int64_t pixel(int64_t image, int64_t py, int64_t px) const {
+    return ((image * pool_.output_size[0] + py) * pool_.output_size[1] + px) * pool_.channels;
+  }
+
   // Calls put(k - first, at, gradient, passes) for the channels [first, last) of every pooled pixel of `rows`
   // and `cols`. Where nothing passes, or not within the region, `at` is that of some position of the region:
   // a caller that writes always and counts only what passes has no branch to mispredict.
@@ -49,14 +56,13 @@ class PooledGradient {
     }
     for (int64_t py = rows.begin; py < rows.end; ++py) {
       for (int64_t px = cols.begin; px < cols.end; ++px) {
-        const int64_t pixel =
-            ((image * pool_.output_size[0] + py) * pool_.output_size[1] + px) * pool_.channels;
-        const T* grads = grad_ + pixel;
+        const int64_t first_number = pixel(image, py, px);
+        const T* grads = grad_ + first_number;
         if (pool_.pool != Pool::max) {
           visit_unpooled(grads, first, last, region.holds(py, px), region.at(py, px), put);
           continue;
         }
-        const uint8_t* codes = code_ + pixel;
+        const uint8_t* codes = code_ + first_number;
         const int64_t top = py * pool_.window.stride[0] - pool_.window.padding[0];
         const int64_t left = px * pool_.window.stride[1] - pool_.window.padding[1];
         const bool inside = region.holds(top, left) &&
@@ -95,13 +101,5 @@ class PooledGradient {
   bool is_position_[256];
   int32_t row_[256], col_[256];
 };
-
-// Whether no lane of a sum of 0 * x is NaN: every x was finite.
-DLFAST_INLINE bool all_zero(F doubt) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (doubt[lane] != 0.0f) return false;
-  }
-  return true;
-}
 
 }  // namespace dlfast::DLFAST_LEVEL

@@ -173,7 +173,7 @@ void backward_max(const ReluPoolParams& p, const T* grad_y, const Code* code, T*
             const int64_t kw = w + p.window.padding[1] - px * p.window.stride[1];
             const int64_t in = ((image * p.output_size[0] + py) * p.output_size[1] + px) * lanes + c;
             const auto at = static_cast<typename Winner<V>::Position>(kh * p.window.size[1] + kw);
-            const Index won = __builtin_convertvector(load<Vec<Code, N>>(code + in), Index) == Index{} + at;
+            const Index won = convert_integers<Index>(load<Vec<Code, N>>(code + in)) == Index{} + at;
             sum += won ? load_compute<N>(grad_y + in) : V{};
           }
         }

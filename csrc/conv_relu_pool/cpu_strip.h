@@ -46,11 +46,8 @@ void flush(const From* tile, int64_t pixels, int64_t channels, To* out, int64_t 
     }
     return;
   }
-  for (int64_t k = 0; k < channels; ++k) {
-    for (int64_t i = 0; i < pixels; ++i) {
-      out[k * channel_stride + i * pixel_stride] = static_cast<To>(tile[i * kBlock + k]);
-    }
-  }
+  // Where pixels lie together, the only other layout.
+  transpose_matrix(tile, kBlock, pixels, channels, out, channel_stride);
 }
 
 // Whether windows are 2x2 with stride 2 and lie inside the convolution output, whole.
@@ -61,6 +58,7 @@ inline bool is_pool_2x2(const ReluPoolParams& pool) {
          2 * pool.output_size[1] <= pool.input_size[1];
 }
 
+// Of what Winograd's method has left, which is finite or thrown away.
 template <int VECTORS>
 void pool_strip_2x2(const ReluPoolParams& pool, const Bands& bands, const Band& band, const float* z,
                     const PooledTile& tile) {
@@ -71,10 +69,9 @@ void pool_strip_2x2(const ReluPoolParams& pool, const Bands& bands, const Band& 
       const float* from = z + 2 * py * row + 2 * px * kBlock;
       Winner<F> winners[VECTORS];
       for (int v = 0; v < VECTORS; ++v) {
-        winners[v].start(0);
-        for (int q = 0; q < 4; ++q) {
-          winners[v].offer(load<F>(from + q / 2 * row + q % 2 * kBlock + v * kLanes), q);
-        }
+        const float* at = from + v * kLanes;
+        winners[v].of_finite(
+            {load<F>(at), load<F>(at + kBlock), load<F>(at + row), load<F>(at + row + kBlock)});
         if (rectify) winners[v].apply_relu();
       }
       tile.put(py * width + px, winners);

@@ -90,6 +90,14 @@ struct Winner {
     value = better ? v : value;
     position = better ? Index{} + static_cast<Position>(at) : position;
   }
+  // The same for all four of a window at once, if they are finite.
+  DLFAST_INLINE void of_finite(const V (&v)[4]) {
+    const Index right = v[1] > v[0], below_right = v[3] > v[2];  // -1 where true
+    const V upper = right ? v[1] : v[0], lower = below_right ? v[3] : v[2];
+    const Index below = lower > upper;
+    value = below ? lower : upper;
+    position = below ? 2 - below_right : -right;
+  }
   DLFAST_INLINE void apply_relu() {
     const Index dead = value <= V{};
     value = dead ? V{} : value;
@@ -100,7 +108,7 @@ struct Winner {
 template <typename Code, typename Index>
 DLFAST_INLINE void store_code(Code* p, Index position) {
   constexpr int n = sizeof(Index) / sizeof(position[0]);
-  store(p, __builtin_convertvector(position, Vec<Code, n>));
+  store(p, convert_integers<Vec<Code, n>>(position));
 }
 
 }  // namespace dlfast::DLFAST_LEVEL

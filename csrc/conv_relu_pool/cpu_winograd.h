@@ -131,20 +131,29 @@ void pack_winograd_weight(const ConvParams& conv, const WeightSteps& steps, cons
   });
 }
 
-// What the tiles of one part of a band need, in floats.
+// The weights pass by once for all tiles that are transformed together: a part of a band, or several bands,
+// where images are small.
 struct WinogradScratch {
-  int64_t tiles;  // at once
-  int64_t transformed, products;
+  int64_t tiles;                  // together
+  int64_t together;               // bands; more than one only where their tiles fit
+  int64_t transformed, products;  // floats
 
-  explicit WinogradScratch(const ConvBlockParams& p, const Bands& bands) {
+  WinogradScratch(const ConvBlockParams& p, const Bands& bands, int64_t threads) {
     const int64_t side = p.tile() + 2, channels = p.conv.group_in();
-    const int64_t in_band = bands.conv_rows * bands.conv_cols / (p.tile() * p.tile());
-    const int64_t in_cache = kTransformedFloats / (side * side * channels);
-    tiles = std::min(in_band, round_up(std::max<int64_t>(in_cache, kWinogradTiles), kTileGroup));
-    transformed = side * side * tiles * channels;
+    const int64_t all = p.conv.batch * bands.per_image, in_band = bands.tiles();
+    const int64_t wanted = std::max(kTransformedFloats / (side * side * channels), kWinogradTiles);
+    // Parts of even size, as many for every thread, none larger than half as much again.
+    const auto nearest = [](int64_t n, int64_t size) { return std::max<int64_t>(1, (n + size / 2) / size); };
+    const auto even = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+    const int64_t units = threads * nearest(all * in_band, wanted * threads);
+    const bool cached = side * side * channels * p.conv.group_out() <= kCachedWeights;
+    together = cached ? 1 : std::max<int64_t>(1, std::min(even(all, units), wanted * 3 / 2 / in_band));
+    tiles = together > 1 ? together * in_band : even(in_band, nearest(in_band, wanted));
+    transformed = whole_lines(side * side * tiles * channels);
     products = side * side * tiles * kBlock;
   }
   static constexpr int64_t kTransformedFloats = 48 * 1024;  // a good part of a second-level cache
+  static constexpr int64_t kCachedWeights = 256 * 1024;     // so few that they come fast each time
 };
 
 // The tiles [first, first + count) of a band, transformed: to [side * side][plane / C][C].
@@ -195,12 +204,36 @@ DLFAST_INLINE void multiply_tiles(const float* transformed, const float* weight,
   }
 }
 
-// Back from products [side * side][count][kBlock] to the strip z; false where a number of it is not finite.
+// The same for all elements of `count` tiles: products [side * side][count][kBlock], the weight that of a
+// block.
+template <int M, int VECTORS>
+void multiply_block(const float* transformed, const float* weight, int64_t channels, int64_t count,
+                    float* products) {
+  constexpr int kSide = Winograd<M>::kSide;
+  for (int at = 0; at < kSide * kSide; ++at) {
+    const float* w = weight + at * kBlock * channels;
+    const float* from = transformed + at * count * channels;
+    float* to = products + at * count * kBlock;
+    int64_t t = 0;
+    if (count >= kTileGroup) {
+      for (; t < count; t += kTileGroup) {
+        // The last group steps back over tiles already done rather than doing the rest one by one.
+        const int64_t i = std::min(t, count - kTileGroup);
+        multiply_tiles<kTileGroup, VECTORS>(from + i * channels, w, channels, to + i * kBlock);
+      }
+    }
+    for (; t < count; ++t) multiply_tiles<1, VECTORS>(from + t * channels, w, channels, to + t * kBlock);
+  }
+}
+
+// The tiles [first, first + count) of a band back from products [side * side][plane / kBlock][kBlock] to the
+// strip z; false where a number of it is not finite: an infinity or a NaN spreads over its whole tile here,
+// beyond the outputs that it would reach in the direct way.
 template <int M, int VECTORS>
 bool transform_output(const Bands& bands, const float* products, const float* bias, int64_t first,
-                      int64_t count, float* z) {
+                      int64_t count, int64_t plane, float* z) {
   constexpr int kSide = Winograd<M>::kSide;
-  const int64_t per_row = bands.conv_cols / M, plane = count * kBlock;
+  const int64_t per_row = bands.conv_cols / M;
   F doubt{};  // 0 * z: NaN once z is not finite
   for (int64_t i = 0; i < count; ++i) {
     const int64_t y0 = (first + i) / per_row * M, x0 = (first + i) % per_row * M;
@@ -230,49 +263,6 @@ bool transform_output(const Bands& bands, const float* products, const float* bi
     if (doubt[lane] != doubt[lane]) return false;
   }
   return true;
-}
-
-// The strips z [block][conv_rows][conv_cols][kBlock] of a band. False where a sum is not finite: an infinity
-// or a NaN spreads over its whole tile here, beyond the outputs that it would reach in the direct way.
-template <int M>
-bool band_winograd(const ConvBlockParams& p, const Bands& bands, const Band& band,
-                   const WinogradScratch& sizes, const float* packed, const float* weight, const float* bias,
-                   float* scratch, float* z) {
-  constexpr int kSide = Winograd<M>::kSide;
-  const int64_t channels = p.conv.group_in(), outputs = p.conv.group_out();
-  const int64_t tiles = band.conv_rows * bands.conv_cols / (M * M), strip = bands.conv_rows * bands.conv_cols;
-  float* transformed = scratch;
-  float* products = scratch + sizes.transformed;
-  bool finite = true;
-  for (int64_t first = 0; first < tiles; first += sizes.tiles) {
-    const int64_t count = std::min(sizes.tiles, tiles - first);
-    transform_input<M>(bands, channels, packed, first, count, count * channels, transformed);
-    for (int64_t k = 0; k < outputs; k += kBlock) {
-      const auto block = [&](auto vectors) DLFAST_INLINE_LAMBDA {
-        constexpr int VECTORS = decltype(vectors)::value;
-        for (int at = 0; at < kSide * kSide; ++at) {
-          const float* w = weight + (k * kSide * kSide + at * kBlock) * channels;
-          const float* from = transformed + at * count * channels;
-          float* to = products + at * count * kBlock;
-          int64_t t = 0;
-          if (count >= kTileGroup) {
-            for (; t < count; t += kTileGroup) {
-              // The last group steps back over tiles already done rather than doing the rest one by one.
-              const int64_t i = std::min(t, count - kTileGroup);
-              multiply_tiles<kTileGroup, VECTORS>(from + i * channels, w, channels, to + i * kBlock);
-            }
-          }
-          for (; t < count; ++t)
-            multiply_tiles<1, VECTORS>(from + t * channels, w, channels, to + t * kBlock);
-        }
-        return transform_output<M, VECTORS>(bands, products, bias + k, first, count,
-                                            z + k / kBlock * strip * kBlock);
-      };
-      finite &= outputs - k > kLanes ? block(std::integral_constant<int, 2>{})
-                                     : block(std::integral_constant<int, 1>{});
-    }
-  }
-  return finite;
 }
 
 }  // namespace dlfast::DLFAST_LEVEL

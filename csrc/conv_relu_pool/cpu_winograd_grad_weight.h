@@ -100,7 +100,8 @@ int64_t weight_bands(const ConvBlockParams& p) {
 
 int64_t weight_sources_scratch(const ConvBlockParams& p, int64_t threads) {
   const Bands bands(p);
-  return threads * (bands.input_floats() + bands.conv_rows * bands.conv_cols * p.conv.group_out());
+  return threads * (whole_lines(bands.input_floats()) +
+                    whole_lines(bands.conv_rows * bands.conv_cols * p.conv.group_out()));
 }
 
 template <typename T>
@@ -112,7 +113,7 @@ void weight_sources_of(const ConvBlockParams& p, int64_t group, int64_t first, i
   const int64_t per_thread = weight_sources_scratch(p, 1);
   at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
     float* packed = scratch + at::get_thread_num() * per_thread;
-    float* packed_gradient = packed + bands.input_floats();
+    float* packed_gradient = packed + whole_lines(bands.input_floats());
     for (int64_t index = begin; index < end; ++index) {
       const Band band(p, bands, index);
       const int64_t at = weight_tiles(p, first, index);

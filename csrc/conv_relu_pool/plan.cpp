@@ -26,7 +26,8 @@ constexpr double kTransformFlops = 24.0;      // per element of a transformed ti
 constexpr double kWeightProductSpeed = 0.75;  // of PyTorch's matrix products between transformed tiles
 constexpr double kSparseSpeed = 0.55;
 constexpr double kListFlops = 160.0;  // per position of the pooled gradient, to list it
-constexpr double kGatherFlops = 4.0;  // per number of a patch
+constexpr double kMaskedSpeed = 0.60;
+constexpr double kMaskedExtra = 8.0;  // products, as it were, that a pooled gradient costs before the first
 
 constexpr double kFlopsPerByte = 5.0;  // of one thread, in the time one byte takes to or from memory
 
@@ -38,20 +39,24 @@ constexpr double kOwnCall = 4e5;
 constexpr double kReluDensity = 0.5;
 
 // Half of a usual second-level cache, in floats; the other half is for weights and output.
-constexpr int64_t kUnitFloats = 64 * 1024;
+constexpr double kUnitFloats = 64 * 1024;
+// About a first-level cache.
+constexpr double kStreamedFloats = 8 * 1024;
 constexpr int64_t kUnitsPerThread = 4;
 
-constexpr std::string_view kForced[] = {"direct", "winograd2", "winograd4", "epilogue", "single"};
+constexpr std::string_view kForced[] = {"direct", "masked", "winograd2", "winograd4", "epilogue", "single"};
 
 // DLFAST_PLAN=direct, winograd2 or winograd4 takes our kernels wherever they accept the problem, even where
-// they are slower, forward in the way named and backward the sparse way; DLFAST_PLAN=single does the same on
-// CUDA; DLFAST_PLAN=epilogue never takes them. What is for the other device leaves this one its own choice.
+// they are slower, forward in the way named and backward the sparse way; DLFAST_PLAN=masked is direct with
+// grad_weight the masked way; DLFAST_PLAN=single does the same on CUDA; DLFAST_PLAN=epilogue never takes
+// them. What is for the other device leaves this one its own choice.
 std::string_view forced_plan() {
   const char* asked = std::getenv("DLFAST_PLAN");
   const std::string_view plan = asked == nullptr ? "" : asked;
   if (plan != "" && std::find(std::begin(kForced), std::end(kForced), plan) == std::end(kForced)) {
-    throw std::invalid_argument("DLFAST_PLAN must be direct, winograd2, winograd4, epilogue or single, got " +
-                                std::string(plan));
+    throw std::invalid_argument(
+        "DLFAST_PLAN must be direct, masked, winograd2, winograd4, epilogue or single, got " +
+        std::string(plan));
   }
   return plan;
 }
@@ -146,13 +151,16 @@ class Candidates {
   Choice choice_{};
 };
 
-// Transformed weights that outgrow the caches come from memory again for every image.
+// Transformed weights that outgrow the caches come from memory again for the tiles that are taken together.
 constexpr double kCachedWeightBytes = 8e6;
 
-double winograd_weight_bytes(const Sizes& s, double batch, int64_t m) {
+double winograd_weight_bytes(const Sizes& s, double batch, const int64_t (&size)[2], int64_t m,
+                             double threads) {
   const double side = static_cast<double>(m) + 2;
+  const double tiles = batch * round_up(static_cast<double>(size[0]), side - 2) *
+                       round_up(static_cast<double>(size[1]), side - 2) / static_cast<double>(m * m);
   const double bytes = s.groups * side * side * s.in * s.out * 4.0;
-  return bytes <= kCachedWeightBytes ? 0.0 : (batch + 2.0) * bytes;
+  return bytes <= kCachedWeightBytes ? 0.0 : (std::max(tiles / kWinogradTiles, threads) + 2.0) * bytes;
 }
 
 // Winograd's cost for `batch` images of `rows` x `cols` outputs.
@@ -265,8 +273,8 @@ bool cuda_plan_is_forced() {
 }
 
 const char* path_name(Path path) {
-  constexpr const char* names[] = {"eager",  "pytorch", "direct",    "winograd2", "winograd4",
-                                   "sparse", "patches", "depthwise", "single"};
+  constexpr const char* names[] = {"eager",  "pytorch", "direct", "winograd2", "winograd4",
+                                   "sparse", "rows",    "masked", "depthwise", "single"};
   return names[static_cast<int>(path)];
 }
 
@@ -302,7 +310,8 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
              winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.output_size[0]),
                             static_cast<double>(p.conv.output_size[1]), s.in, s.out, m) +
                  kOwnCall * threads,
-             own_bytes + winograd_weight_bytes(s, static_cast<double>(p.conv.batch), m));
+             own_bytes +
+                 winograd_weight_bytes(s, static_cast<double>(p.conv.batch), p.conv.output_size, m, threads));
   }
   if (forced != "") ways.force(Path::direct);
   if (forced == "direct") ways.force(Path::depthwise);
@@ -318,12 +327,18 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   if (b.forced == "epilogue") return b.ways.choice();
   const CpuKernels& kernels = cpu_kernels();
   add_depthwise(b.ways, p, context, Part::grad_weight, b.forced);
-  if (b.worth_listing(p) && grad_weight_fits(p, false, context.dtype, kernels)) b.add_sparse();
-  if (b.worth_listing(p) && grad_weight_fits(p, true, context.dtype, kernels)) {
-    const double patch = round_up(s.taps * s.in, s.lanes);
-    const double gathered = s.z / s.out * patch * kGatherFlops;
-    b.ways.add(Path::patches, (2.0 * b.live * patch / kSparseSpeed + gathered) / level_speed() + b.listing,
-               b.own_bytes);
+  const auto fits = [&](GradWeightWay way) { return grad_weight_fits(p, way, context.dtype, kernels); };
+  if (b.worth_listing(p) && fits(GradWeightWay::channels)) b.add_sparse();
+  if (b.worth_listing(p) && fits(GradWeightWay::rows)) {
+    const double together = p.conv.dilation[1] == 1 ? static_cast<double>(p.conv.kernel[1]) : 1.0;
+    const double products = 2.0 * b.live * s.taps / together * round_up(together * s.in, s.lanes);
+    b.ways.add(Path::rows, products / (kSparseSpeed * level_speed()) + b.listing, b.own_bytes);
+  }
+  if (b.worth_it() && fits(GradWeightWay::masked)) {
+    const double positions = static_cast<double>(p.pool.window_positions());
+    const double products =
+        2.0 * s.y / s.out * round_up(s.out, s.lanes) * (s.taps * s.in * positions + kMaskedExtra);
+    b.ways.add(Path::masked, products / (kMaskedSpeed * level_speed()) + kOwnCall * b.threads, b.own_bytes);
   }
   if (worth_tiles(s, p.conv.output_size, b.forced) && p.pool.pool == Pool::none &&
       accepts_forward(p, 4, context)) {
@@ -344,9 +359,10 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   }
   const bool tiles = b.forced == "winograd4" && b.ways.has(Path::winograd4);
   if (b.forced != "") {
-    b.ways.force(tiles ? Path::winograd4 : b.ways.has(Path::patches) ? Path::patches : Path::sparse);
+    b.ways.force(tiles ? Path::winograd4 : b.ways.has(Path::rows) ? Path::rows : Path::sparse);
   }
   if (b.forced == "direct") b.ways.force(Path::depthwise);
+  if (b.forced == "masked") b.ways.force(Path::masked);
   return b.ways.choice();
 }
 
@@ -357,7 +373,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   if (b.forced == "epilogue") return b.ways.choice();
   add_depthwise(b.ways, p, context, Part::grad_input, b.forced);
   if (b.worth_listing(p) && grad_input_fits(p, context.dtype)) b.add_sparse();
-  if (worth_tiles(s, p.conv.input_size, b.forced) && p.pool.pool == Pool::none &&
+  if (worth_tiles(s, p.conv.input_size, b.forced) && p.pool.pool != Pool::avg &&
       accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 && p.conv.padding[1] <= 2) {
     const double batch = static_cast<double>(p.conv.batch);
     b.ways.add(Path::winograd4,
@@ -365,7 +381,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
                               static_cast<double>(p.conv.input_size[1]), s.out, s.in, 4) +
                    2 * kOwnCall * b.threads,
                b.own_bytes + (Backward::relu_only(p) ? 2 * s.z * s.element : 0.0) +
-                   winograd_weight_bytes(s, batch, 4));
+                   winograd_weight_bytes(s, batch, p.conv.input_size, 4, b.threads));
   }
   const bool tiles = b.forced == "winograd4" && b.ways.has(Path::winograd4);
   if (b.forced != "") b.ways.force(tiles ? Path::winograd4 : Path::sparse);
@@ -373,15 +389,40 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   return b.ways.choice();
 }
 
+namespace {
+
+// Pooled rows of which the convolution rows, each of so many floats, make `floats`; at least one.
+int64_t rows_within(const ConvBlockParams& p, double floats, double per_conv_row) {
+  const double rows = floats / (per_conv_row * static_cast<double>(p.pool.window.stride[0]));
+  return std::max<int64_t>(1, static_cast<int64_t>(std::min(rows, 1e9)));
+}
+
+int64_t rows_for_balance(const ConvBlockParams& p, int64_t threads) {
+  return std::max<int64_t>(1, p.conv.batch * p.pool.output_size[0] / (kUnitsPerThread * threads));
+}
+
+}  // namespace
+
 int64_t plan_grain(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads) {
-  const int64_t stride = p.pool.window.stride[0];
-  const auto by_cache = static_cast<int64_t>(static_cast<double>(kUnitFloats) /
-                                             (floats_per_conv_row * static_cast<double>(stride)));
-  const int64_t by_balance = p.conv.batch * p.pool.output_size[0] / (kUnitsPerThread * threads);
-  const int64_t grain = std::max<int64_t>(1, std::min(by_cache, by_balance));
+  const int64_t grain =
+      std::min(rows_within(p, kUnitFloats, floats_per_conv_row), rows_for_balance(p, threads));
   // Whole tiles: a part of one costs as much.
+  const int64_t stride = p.pool.window.stride[0];
   const int64_t rows = p.tile() % stride == 0 ? p.tile() / stride : p.tile();
   return (grain + rows - 1) / rows * rows;
+}
+
+int64_t grad_weight_grain(const ConvBlockParams& p, GradWeightWay way, int64_t threads) {
+  const int64_t pooled = std::min(p.pool.output_size[1], kGradWeightCols);
+  const double cols = static_cast<double>(
+      std::min((pooled - 1) * p.pool.window.stride[1] + p.pool.window.size[1], p.pool.input_size[1]));
+  const double row = padded_length(p.conv, 1, cols) * p.conv.stride[0], channels = p.conv.group_in();
+  // What the taps stream over: all channels, or a register of them.
+  const double streamed = way == GradWeightWay::channels ? cpu_kernels().lanes : channels;
+  const double near = way == GradWeightWay::channels ? kStreamedFloats : kStreamedFloats / 2;
+  return std::min({rows_within(p, near, row * streamed),
+                   rows_within(p, kMostScratchFloats / 2, row * channels + cols * p.conv.group_out()),
+                   rows_for_balance(p, threads)});
 }
 
 }  // namespace dlfast

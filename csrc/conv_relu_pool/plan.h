@@ -21,7 +21,8 @@ enum class Path {
   winograd4,  // in tiles of 4x4 outputs; for grad_input the convolution of the gradient, for grad_weight its
               // transpose
   sparse,     // backward: our kernels, what passes no gradient is skipped
-  patches,    // the same for few input channels, grad_weight only
+  rows,       // the same for few input channels, grad_weight only
+  masked,     // grad_weight of few input channels: every product, the gradient masked by who won
   depthwise,  // one kernel per channel: ours, every product, no pooling
   single,     // CUDA: one kernel of ours, neither the convolution output nor its gradient is written
 };
@@ -37,7 +38,7 @@ struct Candidate {
 
 // Candidates of one part of a block, with PyTorch's first; `best` is the one to take.
 struct Choice {
-  std::array<Candidate, 5> candidates;
+  std::array<Candidate, 6> candidates;
   int count;
   int best;
 
@@ -76,5 +77,6 @@ double convolution_flops(const ConvParams& conv);
 // Pooled rows in a unit of work, where a convolution row costs `floats_per_conv_row` of scratch: as many as
 // stay in cache, but few enough that every thread has several units.
 int64_t plan_grain(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads);
+int64_t grad_weight_grain(const ConvBlockParams& p, GradWeightWay way, int64_t threads);
 
 }  // namespace dlfast

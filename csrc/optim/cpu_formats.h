@@ -83,7 +83,7 @@ void load_codes(const uint8_t* from, float scale, int64_t count, float* to) {
   using Code = Code8<is_signed>;
   const float unit = scale / Code::kTop;
   const auto decoded = [&](BytesV bytes) DLFAST_INLINE_LAMBDA {
-    return Code::template decode<FloatV>(__builtin_convertvector(bytes, BitsV)) * unit;
+    return Code::template decode<FloatV>(convert_integers<BitsV>(bytes)) * unit;
   };
   for_vectors(
       count, [&](int64_t i) DLFAST_INLINE_LAMBDA { store(to + i, decoded(load<BytesV>(from + i))); },
@@ -118,7 +118,7 @@ float save_codes(const float* from, const uint16_t* random, int64_t count, uint8
     if (random != nullptr) draw = __builtin_convertvector(load<HalvesV>(random + i), BitsV);
     const BitsV code =
         Code::encode(load<FloatV>(from + i), inverse, draw, random == nullptr ? 0 : Code::kDither);
-    return __builtin_convertvector(code, BytesV);
+    return convert_integers<BytesV>(code);
   };
   for_vectors(
       count, [&](int64_t i) DLFAST_INLINE_LAMBDA { store(to + i, coded(i)); },

@@ -141,8 +141,18 @@ def winograd_accepts(case: Case) -> bool:
 
 
 WIDE = Case(c=24, k=40, h=15, w=18, conv={"padding": 1})
+# Tiles of several images at once, a band in parts, and output channels in rounds: by the sizes of caches.
+SEVERAL_IMAGES = Case(n=7, c=96, k=80, h=9, w=6, conv={"padding": 1})
+PARTS = Case(n=1, c=24, k=40, h=11, w=420, conv={"padding": 1})
+ROUNDS = Case(n=2, c=272, k=270, h=9, w=6, conv={"padding": 1})
 WINOGRAD = [
-    case for case in [*cases.GRID, *(replace(WIDE, pool=pool) for pool in cases.POOLS)] if winograd_accepts(case)
+    case
+    for case in [
+        *cases.GRID,
+        *(replace(WIDE, pool=pool) for pool in cases.POOLS),
+        *(replace(case, pool=pool) for case in (SEVERAL_IMAGES, PARTS, ROUNDS) for pool in ({}, {"pool": None})),
+    ]
+    if winograd_accepts(case)
 ]
 
 
@@ -338,3 +348,29 @@ def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
     wanted = torch.ops.dlfast._conv_relu_pool2d_backward(grad.double(), *exact[:2], first[1], *geometry, [True] * 3)
     for ours, dense in zip(first[2:], wanted, strict=True):
         torch.testing.assert_close(ours.double(), dense, rtol=0, atol=1e-5 * dense.abs().max().item())
+
+
+@needs_native
+@pytest.mark.parametrize("plan", ["direct", "masked"])
+@pytest.mark.parametrize("pool", [{}, {"pool_size": (1, 4)}, {"pool_size": 3}, {"pool": None}], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 2), (7, 7)], ids=str)
+def test_layers_of_few_channels(kernel, channels, pool, plan, monkeypatch):
+    """Their gradients come from registers of taps or of output channels; more of these than one list holds."""
+    monkeypatch.setenv("DLFAST_PLAN", plan)
+    case = Case(n=2, c=channels, k=150, h=19, w=40, kernel=kernel, conv={"stride": (1, 2)}, pool=pool)
+    assert_same_as_reference(case, cases.integers(case, torch.float32))
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_masked_gradient_meets_what_is_not_finite(value, monkeypatch):
+    """Every product is made there, so that 0 * inf is NaN without another way."""
+    monkeypatch.setenv("DLFAST_PLAN", "epilogue")
+    case = Case(n=2, c=1, k=9, h=12, w=12)
+    tensors = cases.normals(case, torch.float32)
+    tensors[0].view(-1)[50] = value
+    expected = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)[1]
+    monkeypatch.setenv("DLFAST_PLAN", "masked")
+    for grad, wanted in zip(cases.run(dlfast.conv_relu_pool2d, tensors, case.options)[1], expected, strict=True):
+        assert torch.equal(grad.isnan(), wanted.isnan())

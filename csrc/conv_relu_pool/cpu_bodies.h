@@ -42,7 +42,6 @@ const CpuKernels& DLFAST_CONCAT(cpu_kernels_, DLFAST_LEVEL)() {
                .backward = level::norm_backward},
       .forward = level::forward,
       .forward_scratch = level::forward_scratch,
-      .forward_from_pooled = level::forward_from_pooled,
       .grad_weight = level::grad_weight,
       .grad_weight_scratch = level::grad_weight_scratch,
       .most_row_taps = level::kMaxTaps,

@@ -36,29 +36,32 @@ bool goes_through_tile(const ConvBlockParams& p) {
   return !p.pool.channels_last || !std::is_same_v<T, float>;
 }
 
-int64_t forward_scratch(const ConvBlockParams& p, Dtype dtype, int64_t threads) {
+// The problem with as many output channels as are computed at once, and the rest in further rounds: their
+// transformed weights, read for every few tiles, are to stay in a last-level cache.
+ConvBlockParams one_round(const ConvBlockParams& p) {
+  ConvBlockParams part = p;
+  if (p.tile() == 1 || p.conv.groups > 1) return part;
+  const int64_t side = p.tile() + 2, block = side * side * p.conv.in_channels * kBlock;
+  const int64_t blocks = (p.conv.out_channels + kBlock - 1) / kBlock;
+  const int64_t rounds = (blocks * block + kWinogradWeights - 1) / kWinogradWeights;
+  part.conv.out_channels = std::min((blocks + rounds - 1) / rounds * kBlock, p.conv.out_channels);
+  return part;
+}
+
+int64_t forward_scratch(const ConvBlockParams& all, Dtype dtype, int64_t threads) {
+  const ConvBlockParams p = one_round(all);
   const bool through_tile = !p.pool.channels_last || dtype != Dtype::float32;
   const Bands bands(p);
   const ForwardScratch sizes(p, bands, WinogradScratch(p, bands, threads), through_tile);
   return sizes.weight + sizes.bias + threads * sizes.per_thread();
 }
 
-// What a band's input is packed from: a tensor, whose first number this is.
+// All output channels, or those of one round, of which y and code name the first.
 template <typename T>
-struct DenseSource {
-  const T* input;
-
-  void pack(const ConvBlockParams& p, const Bands& bands, const Band& band, int64_t group,
-            float* packed) const {
-    pack_input(p, bands, band, input + group * p.conv.group_in() * p.input_strides[1], packed);
-  }
-};
-
-// T is the dtype of y.
-template <typename T, typename Source>
 struct Forward {
   const ConvBlockParams& p;
-  const Source source;
+  const int64_t total;  // output channels of y
+  const T* input;
   T* y;
   uint8_t* code;  // null if not wanted
   const Bands bands;
@@ -67,9 +70,10 @@ struct Forward {
   const ForwardScratch sizes;
   const bool in_registers;
 
-  Forward(const ConvBlockParams& p_, const Source& source_, T* y_, uint8_t* code_)
+  Forward(const ConvBlockParams& p_, int64_t total_, const T* input_, T* y_, uint8_t* code_)
       : p(p_),
-        source(source_),
+        total(total_),
+        input(input_),
         y(y_),
         code(code_),
         bands(p_),
@@ -93,11 +97,16 @@ struct Forward {
     if (p.tile() == 2) return winograd_unit<2>(group, first, last, weight, bias, scratch);
     if (p.tile() == 4) return winograd_unit<4>(group, first, last, weight, bias, scratch);
     const Band band(p, bands, first);
-    source.pack(p, bands, band, group, scratch);
+    pack(group, band, scratch);
     for_blocks([&](auto vectors, int64_t block) {
       channel_block<decltype(vectors)::value>(band, group, block, scratch, weight, bias, 0);
     });
     return true;
+  }
+
+  // The input of a band, to the start of `scratch`.
+  void pack(int64_t group, const Band& band, float* scratch) const {
+    pack_input(p, bands, band, input + group * p.conv.group_in() * p.input_strides[1], scratch);
   }
 
   // Runs body(vectors, block) for every block of channels, `vectors` being the registers that it has.
@@ -131,7 +140,7 @@ struct Forward {
 
     if (winograd.tiles < bands.tiles()) {
       const Band band(p, bands, first);
-      source.pack(p, bands, band, group, scratch);
+      pack(group, band, scratch);
       for (int64_t from = 0; from < tiles_of(band); from += winograd.tiles) {
         const int64_t count = std::min(winograd.tiles, tiles_of(band) - from);
         transform_input<M>(bands, channels, scratch, from, count, count * channels, transformed);
@@ -152,7 +161,7 @@ struct Forward {
     int64_t at = 0;
     for (int64_t index = first; index < last; ++index) {
       const Band band(p, bands, index);
-      source.pack(p, bands, band, group, scratch);
+      pack(group, band, scratch);
       transform_input<M>(bands, channels, scratch, 0, tiles_of(band), count * channels,
                          transformed + at * channels);
       at += tiles_of(band);
@@ -181,7 +190,7 @@ struct Forward {
     const float* packed = scratch;
     float* z = scratch + sizes.input + sizes.winograd + strip;
     float* y_tile = scratch + sizes.input + sizes.winograd + sizes.z;
-    const int64_t plane = p.pool.output_size[0] * p.pool.output_size[1], total = p.conv.out_channels;
+    const int64_t plane = p.pool.output_size[0] * p.pool.output_size[1];
     const int64_t pixels = band.pooled_rows * p.pool.output_size[1];
     const int64_t k = group * p.conv.group_out() + block * kBlock;
     const int64_t first = band.first_pooled * p.pool.output_size[1];
@@ -212,10 +221,10 @@ struct Forward {
   }
 };
 
-template <typename T, typename Source>
-bool forward_of(const ConvBlockParams& p, const WeightSteps& steps, const Source& source, const T* weight,
-                const T* bias, T* y, uint8_t* code, float* scratch) {
-  const Forward<T, Source> forward(p, source, y, code);
+template <typename T>
+bool forward_round(const ConvBlockParams& p, int64_t total, const WeightSteps& steps, const T* input,
+                   const T* weight, const T* bias, T* y, uint8_t* code, float* scratch) {
+  const Forward<T> forward(p, total, input, y, code);
   const ForwardScratch& sizes = forward.sizes;
   const int64_t groups = p.conv.groups, outputs = p.conv.group_out();
   float* packed_weight = scratch;
@@ -242,76 +251,29 @@ bool forward_of(const ConvBlockParams& p, const WeightSteps& steps, const Source
   return finite;
 }
 
+template <typename T>
+bool forward_of(const ConvBlockParams& p, const WeightSteps& steps, const T* input, const T* weight,
+                const T* bias, T* y, uint8_t* code, float* scratch) {
+  ConvBlockParams part = one_round(p);
+  const int64_t total = p.conv.out_channels, at_once = part.conv.out_channels;
+  const int64_t step = p.pool.channels_last ? 1 : p.pool.output_size[0] * p.pool.output_size[1];
+  for (int64_t first = 0; first < total; first += at_once) {
+    part.conv.out_channels = std::min(at_once, total - first);
+    if (!forward_round(part, total, steps, input, weight + first * steps.out,
+                       bias == nullptr ? nullptr : bias + first, y + first * step,
+                       code == nullptr ? nullptr : code + first * step, scratch)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 bool forward(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype, const void* input,
              const void* weight, const void* bias, void* y, uint8_t* code, float* scratch) {
   return dispatch_block(dtype, [&](auto scalar) {
     using T = decltype(scalar);
-    return forward_of(p, steps, DenseSource<T>{static_cast<const T*>(input)}, static_cast<const T*>(weight),
+    return forward_of(p, steps, static_cast<const T*>(input), static_cast<const T*>(weight),
                       static_cast<const T*>(bias), static_cast<T*>(y), code, scratch);
-  });
-}
-
-// The gradient of max pooling as the input of a convolution; grad and code are channels_last.
-template <typename T>
-struct PooledSource {
-  const ReluPoolParams& pool;
-  const T* grad;
-  const uint8_t* code;
-
-  void pack(const ConvBlockParams& p, const Bands& bands, const Band& band, int64_t group,
-            float* packed) const {
-    const int64_t top = band.first_conv - p.conv.padding[0], left = p.conv.padding[1];
-    const int64_t inside = std::min(p.conv.input_size[1], bands.cols - left);
-    for (int64_t r = 0; r < band.conv_rows + p.conv.kernel[0] - 1; ++r) {
-      float* row = packed + r * bands.row_stride;
-      std::memset(row, 0, bands.row_stride * sizeof(float));
-      const int64_t y = top + r;
-      if (y < 0 || y >= p.conv.input_size[0]) continue;
-      const Span windows = windows_over(pool, 0, y);
-      for (int64_t py = windows.begin; py < windows.end; ++py) {
-        add_windows(p, band.image, group, py, y - window_span(pool, 0, py).origin, inside,
-                    row + left * p.conv.group_in());
-      }
-    }
-  }
-
-  // Row `kh` of the windows of pooled row py to the first `inside` pixels of a row.
-  void add_windows(const ConvBlockParams& p, int64_t image, int64_t group, int64_t py, int64_t kh,
-                   int64_t inside, float* row) const {
-    const int64_t channels = p.conv.group_in(), width = pool.output_size[1];
-    for (int64_t px = 0; px < width; ++px) {
-      const int64_t pixel =
-          ((image * pool.output_size[0] + py) * width + px) * pool.channels + group * channels;
-      const int64_t origin = window_span(pool, 1, px).origin;
-      const int64_t first = std::max<int64_t>(origin, 0),
-                    last = std::min(origin + pool.window.size[1], inside);
-      for (int64_t x = first; x < last; ++x) {
-        const int64_t position = kh * pool.window.size[1] + x - origin;
-        float* to = row + x * channels;
-        const auto add = [&](auto n, int64_t c) DLFAST_INLINE_LAMBDA {
-          constexpr int N = decltype(n)::value;
-          using Codes = Vec<int32_t, N>;
-          const Codes won = convert_integers<Codes>(load<Vec<uint8_t, N>>(code + pixel + c));
-          const auto g = load_compute<N>(grad + pixel + c);
-          const auto passing = won == static_cast<int32_t>(position) ? g : decltype(g){};
-          store(to + c, load<Vec<float, N>>(to + c) + passing);
-        };
-        int64_t c = 0;
-        for (; c + kLanes <= channels; c += kLanes) add(std::integral_constant<int, kLanes>{}, c);
-        for (; c < channels; ++c) add(std::integral_constant<int, 1>{}, c);
-      }
-    }
-  }
-};
-
-bool forward_from_pooled(const ConvBlockParams& p, const ReluPoolParams& pool, const WeightSteps& steps,
-                         Dtype dtype, const void* grad_y, const uint8_t* code, const void* weight, void* y,
-                         float* scratch) {
-  return dispatch_block(dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    return forward_of(p, steps, PooledSource<T>{pool, static_cast<const T*>(grad_y), code},
-                      static_cast<const T*>(weight), static_cast<const T*>(nullptr), static_cast<T*>(y),
-                      nullptr, scratch);
   });
 }
 

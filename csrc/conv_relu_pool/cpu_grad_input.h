@@ -32,7 +32,8 @@ struct GradInputScratch {
   int64_t cols;               // of a tile: all input columns that a tap can reach
   int64_t conv_rows;          // that reach a unit's rows
   int64_t chunk;              // output channels listed at once
-  int64_t capacity;           // of a list
+  bool compact;               // the lists of a row follow each other
+  int64_t capacity;           // of the list of a pixel, or of all lists of a row
   int64_t weight;             // floats, of one group
   int64_t tile, lists, ends;  // floats, per thread
 
@@ -51,11 +52,13 @@ struct GradInputScratch {
     chunk = std::min(chunk, conv.group_out());
     const int64_t covering =
         ((window.size[0] - 1) / window.stride[0] + 1) * ((window.size[1] - 1) / window.stride[1] + 1);
-    capacity = chunk * covering + 1;  // one beyond, written and not counted
+    compact = p.pool.pool == Pool::max && covering == 1 && whole_windows_of_four(p.pool);
+    const int64_t pixels = compact ? p.pool.output_size[1] : covering;
+    capacity = chunk * pixels + 1;  // one beyond, written and not counted
     weight = whole_lines(blocks * kLanes * conv.group_out() * conv.positions());
     tile = blocks * rows * cols * kLanes;
-    lists = whole_lines(2 * conv_rows * conv.output_size[1] * capacity);
-    ends = whole_lines(2 * conv_rows * conv.output_size[1]);
+    lists = whole_lines(2 * conv_rows * (compact ? 1 : conv.output_size[1]) * capacity);
+    ends = whole_lines(4 * conv_rows * conv.output_size[1]);
   }
   int64_t per_thread() const { return whole_lines(ends + lists + tile); }
 };
@@ -64,6 +67,19 @@ int64_t grad_input_scratch(const ConvBlockParams& p, int64_t threads) {
   const GradInputScratch sizes(p);
   return p.conv.groups * sizes.weight + threads * sizes.per_thread();
 }
+
+// What passes gradient to every convolution pixel of a unit, row after row.
+struct PixelLists {
+  struct Bounds {
+    const Live *begin, *end;
+  };
+  Bounds* of;
+  Live* lists;
+
+  // In the first numbers of a thread's scratch.
+  PixelLists(const GradInputScratch& sizes, float* scratch)
+      : of(reinterpret_cast<Bounds*>(scratch)), lists(reinterpret_cast<Live*>(scratch + sizes.ends)) {}
+};
 
 // The products, which do not depend on the dtype of the tensors.
 struct Scatter {
@@ -87,25 +103,25 @@ struct Scatter {
 
   // TAPS taps of one convolution row, over all its pixels.
   template <int TAPS>
-  void scatter_row(const Live* lists, Live* const* ends, const float* weight, float* tile,
+  void scatter_row(const PixelLists::Bounds* live, const float* weight, float* tile,
                    const int32_t* offsets) const {
     const int64_t step = p.conv.stride[1] * kLanes;
     for (int64_t x = 0; x < p.conv.output_size[1]; ++x) {
-      const Live* list = lists + x * sizes.capacity;
-      if (ends[x] != list) scatter_list<TAPS>(list, ends[x] - list, weight, tile + x * step, offsets);
+      const auto [begin, end] = live[x];
+      if (begin != end) scatter_list<TAPS>(begin, end - begin, weight, tile + x * step, offsets);
     }
   }
   template <int TAPS = 1>
-  void scatter_any(int64_t taps, const Live* lists, Live* const* ends, const float* weight, float* tile,
+  void scatter_any(int64_t taps, const PixelLists::Bounds* live, const float* weight, float* tile,
                    const int32_t* offsets) const {
     if constexpr (TAPS <= kMostTaps) {
-      if (taps == TAPS) return scatter_row<TAPS>(lists, ends, weight, tile, offsets);
-      scatter_any<TAPS + 1>(taps, lists, ends, weight, tile, offsets);
+      if (taps == TAPS) return scatter_row<TAPS>(live, weight, tile, offsets);
+      scatter_any<TAPS + 1>(taps, live, weight, tile, offsets);
     }
   }
 
   // weight is that of the unit's group, at the first output channel listed.
-  void run(const Rows& rows, const Live* lists, Live* const* ends, const float* weight, float* tile) const {
+  void run(const Rows& rows, const PixelLists::Bounds* live, const float* weight, float* tile) const {
     const ConvParams& conv = p.conv;
     const int64_t width = conv.output_size[1];
     for (int64_t row = rows.first; row < rows.last; ++row) {
@@ -117,7 +133,7 @@ struct Scatter {
       if (r0 >= r1) continue;
       const int64_t taps = (r1 - r0) * conv.kernel[1];
       const int64_t passes = (taps + kMostTaps - 1) / kMostTaps;
-      const int64_t at = (row - rows.first) * width;
+      const PixelLists::Bounds* of_row = live + (row - rows.first) * width;
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t begin = taps * pass / passes, end = taps * (pass + 1) / passes;
         int32_t offsets[kMostTaps];
@@ -126,8 +142,7 @@ struct Scatter {
           offsets[t - begin] = static_cast<int32_t>(
               ((top + r * dilation - rows.begin) * sizes.cols + s * conv.dilation[1]) * kLanes);
         }
-        scatter_any(end - begin, lists + at * sizes.capacity, ends + at,
-                    weight + (r0 * conv.kernel[1] + begin) * kLanes, tile, offsets);
+        scatter_any(end - begin, of_row, weight + (r0 * conv.kernel[1] + begin) * kLanes, tile, offsets);
       }
     }
   }
@@ -174,23 +189,61 @@ struct GradInput {
     return finite;
   }
 
-  // Lists of the output channels [k, k + count) for every convolution pixel of the rows; the list of pixel i
-  // starts at lists + i * capacity and ends before ends[i].
-  void list(int64_t image, const Rows& rows, int64_t k, int64_t count, Live* lists, Live** ends) const {
+  // Lists of the output channels [k, k + count) for every convolution pixel of the rows.
+  void list(int64_t image, const Rows& rows, int64_t k, int64_t count, const PixelLists& live) const {
     const int64_t width = p.conv.output_size[1];
-    for (int64_t i = 0; i < (rows.last - rows.first) * width; ++i) ends[i] = lists + i * sizes.capacity;
+    const auto begin = [&](int64_t i) { return live.lists + i * sizes.capacity; };
+    for (int64_t i = 0; i < (rows.last - rows.first) * width; ++i) live.of[i] = {begin(i), begin(i)};
     if (rows.first >= rows.last) return;
-    const auto weight_step = static_cast<int32_t>(p.conv.positions() * kLanes);
     const Span pooled_rows = {0, windows_over(p.pool, 0, rows.first).begin,
                               windows_over(p.pool, 0, rows.last - 1).end};
     const Span pooled_cols = {0, 0, p.pool.output_size[1]};
     const Region region = {rows.first, rows.last, 0, width, width, 1};
     gradient.visit(image, pooled_rows, pooled_cols, k, k + count, region,
                    [&](int64_t i, int64_t at, float grad, bool passes) DLFAST_INLINE_LAMBDA {
-                     Live*& end = ends[at];
-                     *end = {grad, static_cast<int32_t>(i) * weight_step};
+                     const Live*& end = live.of[at].end;
+                     begin(at)[end - begin(at)] = {grad, static_cast<int32_t>(i) * weight_step()};
                      end += passes;
                    });
+  }
+  int32_t weight_step() const { return static_cast<int32_t>(p.conv.positions() * kLanes); }
+
+  // The same for windows of four positions that do not overlap: a window's channels are sorted by position
+  // while their number stands in a register, and the lists of a row follow each other.
+  void list_windows(int64_t image, const Rows& rows, int64_t k, int64_t count, const PixelLists& live) const {
+    const PoolWindow& window = p.pool.window;
+    const int64_t width = p.conv.output_size[1];
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      PixelLists::Bounds* of = live.of + (row - rows.first) * width;
+      Live* end = live.lists + (row - rows.first) * sizes.capacity;
+      for (int64_t x = 0; x < width; ++x) of[x] = {end, end};
+      const Span over = windows_over(p.pool, 0, row);
+      if (over.begin >= over.end) continue;
+      const int64_t first = (row - over.begin * window.stride[0]) * window.size[1];  // position
+      for (int64_t px = 0; px < p.pool.output_size[1]; ++px) {
+        const int64_t at = gradient.pixel(image, over.begin, px) + k;
+        for (int64_t kw = 0; kw < window.size[1]; ++kw) {
+          PixelLists::Bounds& pixel = of[px * window.stride[1] + kw];
+          pixel.begin = end;
+          end = append(gradient.grad() + at, gradient.code() + at, static_cast<uint8_t>(first + kw), count,
+                       end);
+          pixel.end = end;
+        }
+      }
+    }
+  }
+
+  // Of `count` channels those that won `position`, to `list`; its new end.
+  Live* append(const T* grad, const uint8_t* code, uint8_t position, int64_t count, Live* list) const {
+    const int32_t step = weight_step();
+    for (int64_t first = 0; first < count; first += 64) {
+      for (uint64_t left = equal_bytes(code + first, std::min<int64_t>(64, count - first), position);
+           left != 0; left &= left - 1) {
+        const int64_t i = first + std::countr_zero(left);
+        *list++ = {static_cast<float>(grad[i]), static_cast<int32_t>(i) * step};
+      }
+    }
+    return list;
   }
 
   // tile [block][rows][cols][kLanes] to the rows of grad_input.
@@ -234,17 +287,21 @@ struct GradInput {
     const int64_t group = index % conv.groups, outputs = conv.group_out();
     const int64_t image = index / conv.groups / sizes.per_image;
     const Rows rows = scatter.rows_of(index / conv.groups % sizes.per_image);
-    Live** ends = reinterpret_cast<Live**>(scratch);
-    Live* lists = reinterpret_cast<Live*>(scratch + sizes.ends);
+    const PixelLists live(sizes, scratch);
     float* tile = scratch + sizes.ends + sizes.lists;
     const int64_t block_size = sizes.rows * sizes.cols * kLanes,
                   block_weight = kLanes * outputs * conv.positions();
     std::fill_n(tile, sizes.tile, 0.0f);
     for (int64_t k = 0; k < outputs; k += sizes.chunk) {
-      list(image, rows, group * outputs + k, std::min(sizes.chunk, outputs - k), lists, ends);
+      const int64_t first = group * outputs + k, count = std::min(sizes.chunk, outputs - k);
+      if (sizes.compact) {
+        list_windows(image, rows, first, count, live);
+      } else {
+        list(image, rows, first, count, live);
+      }
       const float* weight = weights + group * sizes.weight + k * conv.positions() * kLanes;
       for (int64_t block = 0; block < sizes.blocks; ++block) {
-        scatter.run(rows, lists, ends, weight + block * block_weight, tile + block * block_size);
+        scatter.run(rows, live.of, weight + block * block_weight, tile + block * block_size);
       }
     }
     flush_rows(image, group, rows, tile);

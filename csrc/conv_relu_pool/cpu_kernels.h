@@ -37,11 +37,6 @@ struct CpuKernels {
   bool (*forward)(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype, const void* input,
                   const void* weight, const void* bias, void* y, uint8_t* code, float* scratch);
   int64_t (*forward_scratch)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
-  // The same with the gradient of max pooling as the input: where grad_y went, or 0. grad_y and code are
-  // channels_last, pool is what made them.
-  bool (*forward_from_pooled)(const ConvBlockParams& p, const ReluPoolParams& pool, const WeightSteps& steps,
-                              Dtype dtype, const void* grad_y, const uint8_t* code, const void* weight,
-                              void* y, float* scratch);
 
   // The gradients from a pooled gradient: only the positions that pass gradient are visited. grad_y is
   // channels_last; with max pooling code is its uint8 code, channels_last too, without pooling what is zero
@@ -129,6 +124,9 @@ constexpr double kMostScratchFloats = 4.0 * 1024 * 1024;
 // Winograd's tiles transformed at once, at least, where there are as many: the weights pass by once for all.
 constexpr int64_t kWinogradTiles = 48;
 
+// Transformed weights at once, in floats: a part of a last-level cache.
+constexpr int64_t kWinogradWeights = 2 * 1024 * 1024;
+
 // Pooled columns of a unit of grad_weight, at most: the input rows under a kernel stay in the first-level
 // cache.
 constexpr int64_t kGradWeightCols = 28;
@@ -191,7 +189,7 @@ inline bool grad_input_fits(const ConvBlockParams& p, Dtype dtype) {
   const double conv_rows = (rows - 1 + (p.conv.kernel[0] - 1.0) * p.conv.dilation[0]) / p.conv.stride[0] + 1;
   const double covering = ((p.pool.window.size[0] - 1) / p.pool.window.stride[0] + 1.0) *
                           ((p.pool.window.size[1] - 1) / p.pool.window.stride[1] + 1.0);
-  const double lists = conv_rows * p.conv.output_size[1] * (2 * (kMostListed * covering + 1) + 1);
+  const double lists = conv_rows * p.conv.output_size[1] * (2 * (kMostListed * covering + 1) + 4);
   const double tile = rows * padded_length(p.conv, 1, p.conv.output_size[1]) * (p.conv.in_channels + 16.0);
   return block_fits(p, dtype) && p.pool.pool != Pool::avg && lists + tile <= kMostScratchFloats;
 }

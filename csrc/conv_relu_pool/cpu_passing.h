@@ -10,6 +10,20 @@ struct Live {
   int32_t at;
 };
 
+// Bit i of the result says whether bytes[i] is `value`, for i < count <= 64.
+DLFAST_INLINE uint64_t equal_bytes(const uint8_t* bytes, int64_t count, uint8_t value) {
+  constexpr uint64_t kOnes = 0x0101010101010101, kLow = 0x7f * kOnes;
+  uint64_t result = 0;
+  for (int64_t i = 0; i < count; i += 8) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, bytes + i, std::min<int64_t>(8, count - i));
+    const uint64_t x = eight ^ value * kOnes;
+    const uint64_t zero = ~(((x & kLow) + kLow) | x | kLow);  // the upper bit of each byte that is 0
+    result |= (zero >> 7) * 0x0102040810204080 >> 56 << i;    // together, the first byte's lowest
+  }
+  return count < 64 ? result & ((uint64_t{1} << count) - 1) : result;
+}
+
 // Positions of the convolution output that count, and where they lie in somebody's memory: (row, col) at
 // (row - first_row) * row_step + (col - first_col) * col_step.
 struct Region {

@@ -95,19 +95,23 @@ void pack_winograd_weight(const ConvParams& conv, const WeightSteps& steps, cons
   const int64_t channels = conv.group_in(), outputs = conv.group_out();
   const int64_t blocks = (outputs + kBlock - 1) / kBlock, chunks = (channels + kChunk - 1) / kChunk;
   at::parallel_for(0, blocks * chunks, 4, [&](int64_t begin, int64_t end) {
-    float done[kSide * kSide][kChunk][kBlock];
+    float gathered[kChunk][9][kBlock], done[kSide * kSide][kChunk][kBlock];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / chunks, first = i % chunks * kChunk;
       const int64_t lanes = std::min<int64_t>(kBlock, outputs - block * kBlock);
       const int64_t count = std::min(kChunk, channels - first);
-      for (int64_t c = 0; c < count; ++c) {
-        float rows[9][kBlock] = {};
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const T* from = weight + (block * kBlock + lane) * steps.out + (first + c) * steps.in;
-          for (int t = 0; t < 9; ++t) {
-            rows[t][lane] = static_cast<float>(from[t / 3 * steps.kernel[0] + t % 3 * steps.kernel[1]]);
-          }
+      if (lanes < kBlock) std::memset(gathered, 0, sizeof(gathered));
+      // Output channel by output channel: the same few numbers of all of them often fall into one set of a
+      // cache.
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const T* from = weight + (block * kBlock + lane) * steps.out + first * steps.in;
+        for (int t = 0; t < 9; ++t) {
+          const T* tap = from + t / 3 * steps.kernel[0] + t % 3 * steps.kernel[1];
+          for (int64_t c = 0; c < count; ++c) gathered[c][t][lane] = static_cast<float>(tap[c * steps.in]);
         }
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        const auto& rows = gathered[c];
         for (int v = 0; v < kBlock; v += kLanes) {
           F half[kSide][3];  // the columns transformed
           for (int x = 0; x < 3; ++x) {
@@ -141,12 +145,12 @@ struct WinogradScratch {
   WinogradScratch(const ConvBlockParams& p, const Bands& bands, int64_t threads) {
     const int64_t side = p.tile() + 2, channels = p.conv.group_in();
     const int64_t all = p.conv.batch * bands.per_image, in_band = bands.tiles();
+    const bool cached = side * side * channels * p.conv.group_out() <= kCachedWeights;
     const int64_t wanted = std::max(kTransformedFloats / (side * side * channels), kWinogradTiles);
     // Parts of even size, as many for every thread, none larger than half as much again.
     const auto nearest = [](int64_t n, int64_t size) { return std::max<int64_t>(1, (n + size / 2) / size); };
     const auto even = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
     const int64_t units = threads * nearest(all * in_band, wanted * threads);
-    const bool cached = side * side * channels * p.conv.group_out() <= kCachedWeights;
     together = cached ? 1 : std::max<int64_t>(1, std::min(even(all, units), wanted * 3 / 2 / in_band));
     tiles = together > 1 ? together * in_band : even(in_band, nearest(in_band, wanted));
     transformed = whole_lines(side * side * tiles * channels);
@@ -259,10 +263,7 @@ bool transform_output(const Bands& bands, const float* products, const float* bi
       }
     }
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (doubt[lane] != doubt[lane]) return false;
-  }
-  return true;
+  return all_zero(doubt);
 }
 
 }  // namespace dlfast::DLFAST_LEVEL

@@ -242,11 +242,7 @@ bool own_grad_input(ConvBlockParams p, Dtype dtype, const SparseGradient& gradie
                     Tensor& grad_input) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  p.grain =
-      plan_grain(p,
-                 padded_length(p.conv, 1, p.conv.output_size[1]) * p.conv.group_in() * p.conv.stride[0] +
-                     static_cast<double>(p.conv.output_size[1] * p.conv.group_out()),
-                 threads);
+  p.grain = grad_input_grain(p, threads);
   const Tensor w = weight.contiguous();
   const Tensor scratch =
       at::empty({kernels.grad_input_scratch(p, threads)}, weight.options().dtype(at::kFloat));
@@ -254,12 +250,12 @@ bool own_grad_input(ConvBlockParams p, Dtype dtype, const SparseGradient& gradie
                             grad_input.data_ptr(), scratch.data_ptr<float>());
 }
 
-// grad_input as the convolution of the gradient with the kernel turned around.
+// grad_input where nothing was pooled: the convolution of the gradient with the kernel turned around.
 bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGradient& gradient,
                          const Tensor& weight, Tensor& grad_input) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = at::get_num_threads();
-  const bool pooled = p.pool.pool == Pool::max;
+  const Tensor& grad_z = gradient.grad;
   ConvBlockParams q = p;
   // Turned around: from the last tap to the first, with the channels exchanged.
   const WeightSteps steps{.out = weight.stride(1),
@@ -272,25 +268,17 @@ bool winograd_grad_input(const ConvBlockParams& p, Dtype dtype, const SparseGrad
   std::swap(q.conv.in_channels, q.conv.out_channels);
   q.pool.channels = q.conv.out_channels;
   q.pool.activation = Activation::none;
-  q.pool.pool = Pool::none;
   for (const int axis : {0, 1}) {
-    q.pool.window.size[axis] = q.pool.window.stride[axis] = 1;
-    q.pool.window.padding[axis] = 0;
     q.conv.input_size[axis] = p.conv.output_size[axis];
     q.conv.output_size[axis] = q.pool.input_size[axis] = q.pool.output_size[axis] = p.conv.input_size[axis];
     q.conv.padding[axis] = 2 - p.conv.padding[axis];
   }
-  for (const int axis : {0, 1, 2, 3}) q.input_strides[axis] = gradient.grad.stride(axis);
+  for (const int axis : {0, 1, 2, 3}) q.input_strides[axis] = grad_z.stride(axis);
   prepare_forward(q, Path::winograd4, threads);
   const Tensor scratch =
       at::empty({kernels.forward_scratch(q, dtype, threads)}, weight.options().dtype(at::kFloat));
-  if (pooled) {
-    return kernels.forward_from_pooled(q, p.pool, steps, dtype, gradient.grad.const_data_ptr(),
-                                       gradient.codes(), turned, grad_input.data_ptr(),
-                                       scratch.data_ptr<float>());
-  }
-  return kernels.forward(q, steps, dtype, gradient.grad.const_data_ptr(), turned, nullptr,
-                         grad_input.data_ptr(), nullptr, scratch.data_ptr<float>());
+  return kernels.forward(q, steps, dtype, grad_z.const_data_ptr(), turned, nullptr, grad_input.data_ptr(),
+                         nullptr, scratch.data_ptr<float>());
 }
 
 using Mask = std::array<bool, 3>;  // of grad_input, grad_weight, grad_bias

@@ -1,6 +1,7 @@
 #include "conv_relu_pool/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <optional>
 #include <stdexcept>
@@ -22,10 +23,12 @@ constexpr double kPyTorch16BitSpeed = 0.15;  // without instructions for them
 constexpr double kDirectSpeed = 0.75;
 constexpr double kPackFlops = 20.0;           // per weight, to lay it out for the direct way
 constexpr double kWinogradSpeed = 0.62;       // of its matrix products
+constexpr double kWinogradPackFlops = 75.0;   // per element of a transformed weight
 constexpr double kTransformFlops = 24.0;      // per element of a transformed tile, in or out
 constexpr double kWeightProductSpeed = 0.75;  // of PyTorch's matrix products between transformed tiles
-constexpr double kSparseSpeed = 0.55;
-constexpr double kListFlops = 160.0;  // per position of the pooled gradient, to list it
+constexpr double kSparseSpeed = 0.55;         // of grad_weight
+constexpr double kScatterSpeed = 0.46;        // of grad_input
+constexpr double kListFlops = 300.0;          // per position of the pooled gradient, to list it
 constexpr double kMaskedSpeed = 0.60;
 constexpr double kMaskedExtra = 8.0;  // products, as it were, that a pooled gradient costs before the first
 
@@ -151,16 +154,16 @@ class Candidates {
   Choice choice_{};
 };
 
-// Transformed weights that outgrow the caches come from memory again for the tiles that are taken together.
-constexpr double kCachedWeightBytes = 8e6;
+// How often Winograd's tiles are transformed: once for all weights that stay in the cache together.
+double winograd_rounds(const Sizes& s, double in, double out, double side) {
+  if (s.groups > 1) return 1.0;
+  return std::ceil(side * side * in * out / static_cast<double>(kWinogradWeights));
+}
 
-double winograd_weight_bytes(const Sizes& s, double batch, const int64_t (&size)[2], int64_t m,
-                             double threads) {
-  const double side = static_cast<double>(m) + 2;
-  const double tiles = batch * round_up(static_cast<double>(size[0]), side - 2) *
-                       round_up(static_cast<double>(size[1]), side - 2) / static_cast<double>(m * m);
-  const double bytes = s.groups * side * side * s.in * s.out * 4.0;
-  return bytes <= kCachedWeightBytes ? 0.0 : (std::max(tiles / kWinogradTiles, threads) + 2.0) * bytes;
+// Positions of the convolution output, along an axis, that some window covers: only these are computed.
+double covered(const ReluPoolParams& pool, int axis) {
+  const int64_t reach = (pool.output_size[axis] - 1) * pool.window.stride[axis] + pool.window.size[axis];
+  return static_cast<double>(std::min(reach - pool.window.padding[axis], pool.input_size[axis]));
 }
 
 // Winograd's cost for `batch` images of `rows` x `cols` outputs.
@@ -169,8 +172,9 @@ double winograd_flops(const Sizes& s, double batch, double rows, double cols, do
   const double side = static_cast<double>(m) + 2;
   const double tiles = batch * s.groups * round_up(rows, m) * round_up(cols, m) / static_cast<double>(m * m);
   const double products = 2.0 * tiles * side * side * in * round_up(out, s.lanes);
-  const double transforms = tiles * side * side * (in + out) * kTransformFlops;
-  const double weights = s.groups * side * side * in * out * 8.0;
+  const double inputs = in * winograd_rounds(s, in, out, side);
+  const double transforms = tiles * side * side * (inputs + out) * kTransformFlops;
+  const double weights = s.groups * side * side * in * out * kWinogradPackFlops;
   return (products / kWinogradSpeed + transforms + weights) / level_speed();
 }
 
@@ -259,9 +263,9 @@ struct Backward {
   }
   bool worth_it() const { return dlfast::worth_it(s, forced); }
   bool worth_listing(const ConvBlockParams& p) const { return worth_it() && (!is_alone(p) || forced != ""); }
-  void add_sparse() {
+  void add_sparse(double speed) {
     const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
-    ways.add(Path::sparse, products / (kSparseSpeed * level_speed()) + listing, own_bytes);
+    ways.add(Path::sparse, products / (speed * level_speed()) + listing, own_bytes);
   }
 };
 
@@ -307,11 +311,10 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
   for (const int64_t m : {2, 4}) {
     if (!accepts_forward(p, m, context) || !worth_tiles(s, p.conv.output_size, forced)) continue;
     ways.add(m == 2 ? Path::winograd2 : Path::winograd4,
-             winograd_flops(s, static_cast<double>(p.conv.batch), static_cast<double>(p.conv.output_size[0]),
-                            static_cast<double>(p.conv.output_size[1]), s.in, s.out, m) +
+             winograd_flops(s, static_cast<double>(p.conv.batch), covered(p.pool, 0), covered(p.pool, 1),
+                            s.in, s.out, m) +
                  kOwnCall * threads,
-             own_bytes +
-                 winograd_weight_bytes(s, static_cast<double>(p.conv.batch), p.conv.output_size, m, threads));
+             own_bytes);
   }
   if (forced != "") ways.force(Path::direct);
   if (forced == "direct") ways.force(Path::depthwise);
@@ -328,7 +331,7 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   const CpuKernels& kernels = cpu_kernels();
   add_depthwise(b.ways, p, context, Part::grad_weight, b.forced);
   const auto fits = [&](GradWeightWay way) { return grad_weight_fits(p, way, context.dtype, kernels); };
-  if (b.worth_listing(p) && fits(GradWeightWay::channels)) b.add_sparse();
+  if (b.worth_listing(p) && fits(GradWeightWay::channels)) b.add_sparse(kSparseSpeed);
   if (b.worth_listing(p) && fits(GradWeightWay::rows)) {
     const double together = p.conv.dilation[1] == 1 ? static_cast<double>(p.conv.kernel[1]) : 1.0;
     const double products = 2.0 * b.live * s.taps / together * round_up(together * s.in, s.lanes);
@@ -372,16 +375,15 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   const Sizes& s = b.s;
   if (b.forced == "epilogue") return b.ways.choice();
   add_depthwise(b.ways, p, context, Part::grad_input, b.forced);
-  if (b.worth_listing(p) && grad_input_fits(p, context.dtype)) b.add_sparse();
-  if (worth_tiles(s, p.conv.input_size, b.forced) && p.pool.pool != Pool::avg &&
+  if (b.worth_listing(p) && grad_input_fits(p, context.dtype)) b.add_sparse(kScatterSpeed);
+  if (worth_tiles(s, p.conv.input_size, b.forced) && p.pool.pool == Pool::none &&
       accepts_forward(p, 4, context) && p.conv.padding[0] <= 2 && p.conv.padding[1] <= 2) {
     const double batch = static_cast<double>(p.conv.batch);
     b.ways.add(Path::winograd4,
                winograd_flops(s, batch, static_cast<double>(p.conv.input_size[0]),
                               static_cast<double>(p.conv.input_size[1]), s.out, s.in, 4) +
                    2 * kOwnCall * b.threads,
-               b.own_bytes + (Backward::relu_only(p) ? 2 * s.z * s.element : 0.0) +
-                   winograd_weight_bytes(s, batch, p.conv.input_size, 4, b.threads));
+               b.own_bytes + (Backward::relu_only(p) ? 2 * s.z * s.element : 0.0));
   }
   const bool tiles = b.forced == "winograd4" && b.ways.has(Path::winograd4);
   if (b.forced != "") b.ways.force(tiles ? Path::winograd4 : Path::sparse);
@@ -397,15 +399,15 @@ int64_t rows_within(const ConvBlockParams& p, double floats, double per_conv_row
   return std::max<int64_t>(1, static_cast<int64_t>(std::min(rows, 1e9)));
 }
 
-int64_t rows_for_balance(const ConvBlockParams& p, int64_t threads) {
-  return std::max<int64_t>(1, p.conv.batch * p.pool.output_size[0] / (kUnitsPerThread * threads));
+int64_t rows_for_balance(const ConvBlockParams& p, int64_t units) {
+  return std::max<int64_t>(1, p.conv.batch * p.pool.output_size[0] / units);
 }
 
 }  // namespace
 
 int64_t plan_grain(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads) {
-  const int64_t grain =
-      std::min(rows_within(p, kUnitFloats, floats_per_conv_row), rows_for_balance(p, threads));
+  const int64_t grain = std::min(rows_within(p, kUnitFloats, floats_per_conv_row),
+                                 rows_for_balance(p, kUnitsPerThread * threads));
   // Whole tiles: a part of one costs as much.
   const int64_t stride = p.pool.window.stride[0];
   const int64_t rows = p.tile() % stride == 0 ? p.tile() / stride : p.tile();
@@ -422,7 +424,16 @@ int64_t grad_weight_grain(const ConvBlockParams& p, GradWeightWay way, int64_t t
   const double near = way == GradWeightWay::channels ? kStreamedFloats : kStreamedFloats / 2;
   return std::min({rows_within(p, near, row * streamed),
                    rows_within(p, kMostScratchFloats / 2, row * channels + cols * p.conv.group_out()),
-                   rows_for_balance(p, threads)});
+                   rows_for_balance(p, kUnitsPerThread * threads)});
+}
+
+int64_t grad_input_grain(const ConvBlockParams& p, int64_t threads) {
+  // Rows that reach into a neighbour's are listed by both; of eight few do.
+  constexpr int64_t kRows = 8;
+  const double cols = padded_length(p.conv, 1, static_cast<double>(p.conv.output_size[1]));
+  const double per_row = cols * p.conv.stride[0] * p.conv.group_in() +
+                         static_cast<double>(2 * p.conv.output_size[1] * p.conv.group_out());
+  return std::min({kRows, rows_within(p, kMostScratchFloats / 2, per_row), rows_for_balance(p, 2 * threads)});
 }
 
 }  // namespace dlfast

@@ -77,6 +77,7 @@ double convolution_flops(const ConvParams& conv);
 // Pooled rows in a unit of work, where a convolution row costs `floats_per_conv_row` of scratch: as many as
 // stay in cache, but few enough that every thread has several units.
 int64_t plan_grain(const ConvBlockParams& p, double floats_per_conv_row, int64_t threads);
+int64_t grad_input_grain(const ConvBlockParams& p, int64_t threads);
 int64_t grad_weight_grain(const ConvBlockParams& p, GradWeightWay way, int64_t threads);
 
 }  // namespace dlfast

@@ -3,7 +3,8 @@
 Environment variables read here (all optional):
   DLFAST_NATIVE=0|1     0 installs the pure PyTorch package and compiles nothing (default 1)
   DLFAST_CUDA=0|1       default: 1 if torch was built for CUDA and nvcc is found
-  DLFAST_SANITIZE=0|1   1 builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer (default 0)
+  DLFAST_SANITIZE=0|1   1 builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, and the kernels of
+                        AVX-512 in AVX2 instructions (default 0)
   TORCH_CUDA_ARCH_LIST  GPU architectures, as for any torch extension
   MAX_JOBS              parallel compilations; default: one per core and per 3 GB of free memory
 """
@@ -62,7 +63,8 @@ def native_extension(cuda: bool):
     sanitize = (
         ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if flag("DLFAST_SANITIZE", False) else []
     )
-    level = ["-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+    # And with the kernels of AVX-512 in AVX2 instructions, so that every CPU with these runs them.
+    level = ["-O1", "-g", "-fno-omit-frame-pointer", "-DDLFAST_WIDE_ON_AVX2"] if sanitize else ["-O3"]
     compile_args = {"cxx": [*level, "-fno-math-errno", *sanitize, *openmp, *WARNINGS, *system]}
     if not cuda:
         return cpp_extension.CppExtension(

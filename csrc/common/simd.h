@@ -33,6 +33,13 @@
 #define DLFAST_TARGET_END
 #endif
 
+// For tests: the kernels of 16 lanes in AVX2 instructions, two registers for each of AVX-512, so that a CPU
+// without AVX-512 runs all that differs between the levels but the instructions.
+#if defined(DLFAST_WIDE_ON_AVX2)
+#undef DLFAST_TARGET_AVX512
+#define DLFAST_TARGET_AVX512 DLFAST_TARGET_AVX2
+#endif
+
 namespace dlfast {
 
 enum class SimdLevel : int { portable = 0, avx2 = 1, avx512 = 2 };
@@ -44,6 +51,9 @@ inline const char* simd_name(SimdLevel level) {
 
 inline SimdLevel simd_supported() {
 #if DLFAST_X86
+#if defined(DLFAST_WIDE_ON_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return SimdLevel::avx512;
+#endif
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return SimdLevel::avx512;

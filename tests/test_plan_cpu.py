@@ -64,3 +64,11 @@ def test_winograd_in_groups_needs_channels_and_tiles(channels, groups, size, way
     block = dlfast.nn.ConvReLUPool2d(channels, channels, 3, padding=1, groups=groups, activation=None, pool=None)
     plan = dlfast.explain(block, torch.zeros(4, channels, size, size, requires_grad=True))
     assert (plan.forward, plan.grad_input, plan.grad_weight) == (way,) * 3
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "way"), [(1, 3, "masked"), (3, 7, "rows"), (32, 3, "sparse")], ids=["tiny", "stem", "wide"]
+)
+def test_grad_weight_goes_by_the_number_of_products(channels, kernel, way):
+    block = dlfast.nn.ConvReLUPool2d(channels, 64, kernel, padding=kernel // 2)
+    assert dlfast.explain(block, torch.zeros(8, channels, 64, 64)).grad_weight == way

@@ -363,14 +363,16 @@ def test_layers_of_few_channels(kernel, channels, pool, plan, monkeypatch):
 
 
 @needs_native
+@pytest.mark.parametrize("plan", ["direct", "masked"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_a_masked_gradient_meets_what_is_not_finite(value, monkeypatch):
-    """Every product is made there, so that 0 * inf is NaN without another way."""
+@pytest.mark.parametrize(("size", "at"), [(12, 50), (7, 40), (7, 48)], ids=["covered", "edge", "outside"])
+def test_few_channels_meet_what_is_not_finite(size, at, value, plan, monkeypatch):
+    """0 * inf is NaN as in the dense way, also where no window covers a position and its gradient is 0."""
     monkeypatch.setenv("DLFAST_PLAN", "epilogue")
-    case = Case(n=2, c=1, k=9, h=12, w=12)
+    case = Case(n=2, c=1, k=9, h=size, w=size)
     tensors = cases.normals(case, torch.float32)
-    tensors[0].view(-1)[50] = value
+    tensors[0].view(-1)[at] = value
     expected = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)[1]
-    monkeypatch.setenv("DLFAST_PLAN", "masked")
+    monkeypatch.setenv("DLFAST_PLAN", plan)
     for grad, wanted in zip(cases.run(dlfast.conv_relu_pool2d, tensors, case.options)[1], expected, strict=True):
         assert torch.equal(grad.isnan(), wanted.isnan())

@@ -23,7 +23,8 @@ struct ForwardScratch {
     input = whole_lines(bands.input_floats());
     winograd = p.tile() == 1 ? 0 : tiles.transformed + tiles.products;
     // All blocks of channels wait there where the tiles of a band come in parts.
-    z = bands.conv_rows * bands.conv_cols * kBlock * (tiles.tiles < bands.tiles() ? blocks : 1);
+    z = bands.conv_rows * bands.conv_cols * kBlock *
+        (p.tile() > 1 && tiles.tiles < bands.tiles() ? blocks : 1);
     y = through_tile ? pooled * kBlock : 0;
     code = whole_lines(y / 4);  // one byte an element
   }
@@ -43,7 +44,7 @@ ConvBlockParams one_round(const ConvBlockParams& p) {
   if (p.tile() == 1 || p.conv.groups > 1) return part;
   const int64_t side = p.tile() + 2, block = side * side * p.conv.in_channels * kBlock;
   const int64_t blocks = (p.conv.out_channels + kBlock - 1) / kBlock;
-  const int64_t rounds = (blocks * block + kWinogradWeights - 1) / kWinogradWeights;
+  const int64_t most = std::max<int64_t>(1, kWinogradWeights / block), rounds = (blocks + most - 1) / most;
   part.conv.out_channels = std::min((blocks + rounds - 1) / rounds * kBlock, p.conv.out_channels);
   return part;
 }

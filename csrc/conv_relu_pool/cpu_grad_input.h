@@ -52,7 +52,8 @@ struct GradInputScratch {
     chunk = std::min(chunk, conv.group_out());
     const int64_t covering =
         ((window.size[0] - 1) / window.stride[0] + 1) * ((window.size[1] - 1) / window.stride[1] + 1);
-    compact = p.pool.pool == Pool::max && covering == 1 && whole_windows_of_four(p.pool);
+    compact = p.pool.pool == Pool::max && covering == 1 && whole_windows_of_four(p.pool) &&
+              std::endian::native == std::endian::little;  // for equal_bytes
     const int64_t pixels = compact ? p.pool.output_size[1] : covering;
     capacity = chunk * pixels + 1;  // one beyond, written and not counted
     weight = whole_lines(blocks * kLanes * conv.group_out() * conv.positions());

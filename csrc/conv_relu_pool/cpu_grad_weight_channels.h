@@ -48,7 +48,7 @@ StreamChannels stream_channels_of(int64_t cols) {
   if constexpr (ROWS * 7 <= kMostStreamed) {
     if (cols == 7) return stream_channels<ROWS, 7>;
   }
-  return nullptr;  // ChannelPacking asks for no other
+  return nullptr;  // nobody asks for another
 }
 
 // At most kMostRows.

@@ -105,7 +105,8 @@ struct MaskedPacking {
     return (k / kLanes * taps + tap * p.conv.group_in() + c) * kLanes + k % kLanes;
   }
 
-  // Every product is made, so that infinities and NaN need no other way.
+  // Every product with a position that some window covers is made, so that infinities and NaN need no other
+  // way; for the positions that none covers see op.cpp.
   template <typename T>
   bool pack(const Unit& unit, const T* from, float* packed) const {
     pack_rows(p, sizes, unit, from, packed);

@@ -136,12 +136,13 @@ inline double padded_length(const ConvParams& conv, int axis, double length) {
   return (length - 1.0) * conv.stride[axis] + (conv.kernel[axis] - 1.0) * conv.dilation[axis] + 1.0;
 }
 
-// Whether a band of one pooled row fits, with `per_position` floats for each position of the convolution.
-inline bool smallest_band_fits(const ConvBlockParams& p, double per_position) {
+// Whether a band of one pooled row fits, with `per_position` floats for each position of the convolution and
+// so many `besides`.
+inline bool smallest_band_fits(const ConvBlockParams& p, double per_position, double besides = 0.0) {
   const double conv_rows = std::min(p.pool.window.size[0], p.conv.output_size[0]) + p.tile() - 1.0;
   return padded_length(p.conv, 0, conv_rows) * padded_length(p.conv, 1, p.conv.output_size[1]) *
                  p.conv.in_channels +
-             conv_rows * p.conv.output_size[1] * per_position <=
+             conv_rows * p.conv.output_size[1] * per_position + besides <=
          kMostScratchFloats;
 }
 
@@ -156,11 +157,22 @@ inline bool forward_fits(const ConvBlockParams& p, Dtype dtype, bool save_code) 
   constexpr double kOutputsPerPosition = 64;  // a block of channels, and the tile it is pooled into
   const ConvParams& c = p.conv;
   const bool winograd_fits = c.kernel[0] == 3 && c.kernel[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
-                             c.dilation[0] == 1 && c.dilation[1] == 1 &&
-                             36.0 * 1.5 * kWinogradTiles * (c.group_in() + 64.0) <= kMostScratchFloats;
-  return block_fits(p, dtype) && !mask_wanted && (p.winograd == 0 || winograd_fits) &&
-         smallest_band_fits(
-             p, p.winograd == 0 ? kOutputsPerPosition : 5.0 * c.in_channels + 2.0 * c.out_channels);
+                             c.dilation[0] == 1 && c.dilation[1] == 1;
+  if (!block_fits(p, dtype) || mask_wanted) return false;
+  if (p.winograd == 0) return smallest_band_fits(p, kOutputsPerPosition);
+  // Half as many tiles again where that makes parts even.
+  const double tiles = 36.0 * 1.5 * static_cast<double>(kWinogradTiles) * (c.group_in() + 64.0);
+  return winograd_fits && smallest_band_fits(p, 5.0 * c.in_channels + 2.0 * c.out_channels, tiles);
+}
+
+// Whether every position of the convolution output lies in some window.
+inline bool windows_cover(const ReluPoolParams& pool) {
+  const auto cover = [&](int axis) {
+    const int64_t end = (pool.output_size[axis] - 1) * pool.window.stride[axis] + pool.window.size[axis];
+    return pool.window.stride[axis] <= pool.window.size[axis] &&
+           end - pool.window.padding[axis] >= pool.input_size[axis];
+  };
+  return cover(0) && cover(1);
 }
 
 // Whether a window has four positions, all of them inside.
@@ -183,15 +195,21 @@ inline bool grad_weight_fits(const ConvBlockParams& p, GradWeightWay way, Dtype 
          smallest_band_fits(p, way == GradWeightWay::masked ? 0.0 : 2.0 * p.conv.group_out());
 }
 
-inline bool grad_input_fits(const ConvBlockParams& p, Dtype dtype) {
+// What grad_input takes for so many input rows, at most: lists for the convolution rows that reach them, and
+// the rows.
+inline double grad_input_floats(const ConvBlockParams& p, double rows) {
   constexpr double kMostListed = 128;
-  const double rows = static_cast<double>(p.pool.window.stride[0]) * p.conv.stride[0];
   const double conv_rows = (rows - 1 + (p.conv.kernel[0] - 1.0) * p.conv.dilation[0]) / p.conv.stride[0] + 1;
   const double covering = ((p.pool.window.size[0] - 1) / p.pool.window.stride[0] + 1.0) *
                           ((p.pool.window.size[1] - 1) / p.pool.window.stride[1] + 1.0);
-  const double lists = conv_rows * p.conv.output_size[1] * (2 * (kMostListed * covering + 1) + 4);
-  const double tile = rows * padded_length(p.conv, 1, p.conv.output_size[1]) * (p.conv.in_channels + 16.0);
-  return block_fits(p, dtype) && p.pool.pool != Pool::avg && lists + tile <= kMostScratchFloats;
+  const double listed = std::min(kMostListed, static_cast<double>(p.conv.group_out())) * covering;
+  return conv_rows * p.conv.output_size[1] * (2 * (listed + 1) + 4) +
+         rows * padded_length(p.conv, 1, p.conv.output_size[1]) * (p.conv.in_channels + 16.0);
+}
+
+inline bool grad_input_fits(const ConvBlockParams& p, Dtype dtype) {
+  const double rows = static_cast<double>(p.pool.window.stride[0]) * p.conv.stride[0];
+  return block_fits(p, dtype) && p.pool.pool != Pool::avg && grad_input_floats(p, rows) <= kMostScratchFloats;
 }
 
 // One kernel per channel and no pooling. The smallest band, a row of outputs, and what lies under it must

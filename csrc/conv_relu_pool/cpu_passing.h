@@ -10,7 +10,7 @@ struct Live {
   int32_t at;
 };
 
-// Bit i of the result says whether bytes[i] is `value`, for i < count <= 64.
+// Bit i of the result says whether bytes[i] is `value`, for i < count <= 64; on little-endian machines.
 DLFAST_INLINE uint64_t equal_bytes(const uint8_t* bytes, int64_t count, uint8_t value) {
   constexpr uint64_t kOnes = 0x0101010101010101, kLow = 0x7f * kOnes;
   uint64_t result = 0;

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
 #include <tuple>
 
 #include "checks.h"
@@ -194,6 +195,9 @@ bool own_grad_weight(ConvBlockParams p, Dtype dtype, Path path, const SparseGrad
   const GradWeightWay way = path == Path::masked ? GradWeightWay::masked
                             : path == Path::rows ? GradWeightWay::rows
                                                  : GradWeightWay::channels;
+  // Positions that no window covers get no gradient, and PyTorch's products of 0 and infinity or NaN are made
+  // by the dense way only. The sum of what is not finite is not.
+  if (!windows_cover(p.pool) && !std::isfinite(at::sum(input, at::kFloat).item<float>())) return false;
   p.grain = grad_weight_grain(p, way, threads);
   const Tensor scratch =
       at::empty({kernels.grad_weight_scratch(p, way, threads)}, input.options().dtype(at::kFloat));

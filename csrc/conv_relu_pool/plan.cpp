@@ -51,8 +51,8 @@ constexpr std::string_view kForced[] = {"direct", "masked", "winograd2", "winogr
 
 // DLFAST_PLAN=direct, winograd2 or winograd4 takes our kernels wherever they accept the problem, even where
 // they are slower, forward in the way named and backward the sparse way; DLFAST_PLAN=masked is direct with
-// grad_weight the masked way; DLFAST_PLAN=single does the same on CUDA; DLFAST_PLAN=epilogue never takes
-// them. What is for the other device leaves this one its own choice.
+// grad_weight the masked way where that accepts it; DLFAST_PLAN=single does the same on CUDA;
+// DLFAST_PLAN=epilogue never takes them. What is for the other device leaves this one its own choice.
 std::string_view forced_plan() {
   const char* asked = std::getenv("DLFAST_PLAN");
   const std::string_view plan = asked == nullptr ? "" : asked;
@@ -317,7 +317,7 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
              own_bytes);
   }
   if (forced != "") ways.force(Path::direct);
-  if (forced == "direct") ways.force(Path::depthwise);
+  if (forced == "direct" || forced == "masked") ways.force(Path::depthwise);
   if (forced == "winograd2") ways.force(Path::winograd2);
   if (forced == "winograd4") ways.force(Path::winograd4);
   return ways.choice();
@@ -364,7 +364,7 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   if (b.forced != "") {
     b.ways.force(tiles ? Path::winograd4 : b.ways.has(Path::rows) ? Path::rows : Path::sparse);
   }
-  if (b.forced == "direct") b.ways.force(Path::depthwise);
+  if (b.forced == "direct" || b.forced == "masked") b.ways.force(Path::depthwise);
   if (b.forced == "masked") b.ways.force(Path::masked);
   return b.ways.choice();
 }
@@ -387,7 +387,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   }
   const bool tiles = b.forced == "winograd4" && b.ways.has(Path::winograd4);
   if (b.forced != "") b.ways.force(tiles ? Path::winograd4 : Path::sparse);
-  if (b.forced == "direct") b.ways.force(Path::depthwise);
+  if (b.forced == "direct" || b.forced == "masked") b.ways.force(Path::depthwise);
   return b.ways.choice();
 }
 
@@ -422,18 +422,22 @@ int64_t grad_weight_grain(const ConvBlockParams& p, GradWeightWay way, int64_t t
   // What the taps stream over: all channels, or a register of them.
   const double streamed = way == GradWeightWay::channels ? cpu_kernels().lanes : channels;
   const double near = way == GradWeightWay::channels ? kStreamedFloats : kStreamedFloats / 2;
+  // The rows of the first position under a kernel, and what its lists take, come before all others.
+  const double all = channels + static_cast<double>(cpu_kernels().lanes);
+  const double first = padded_length(p.conv, 0, 1.0) * padded_length(p.conv, 1, cols) * all;
   return std::min({rows_within(p, near, row * streamed),
-                   rows_within(p, kMostScratchFloats / 2, row * channels + cols * p.conv.group_out()),
+                   rows_within(p, kMostScratchFloats - first,
+                               row * all + 2.0 * cols * static_cast<double>(p.conv.group_out())),
                    rows_for_balance(p, kUnitsPerThread * threads)});
 }
 
 int64_t grad_input_grain(const ConvBlockParams& p, int64_t threads) {
   // Rows that reach into a neighbour's are listed by both; of eight few do.
   constexpr int64_t kRows = 8;
-  const double cols = padded_length(p.conv, 1, static_cast<double>(p.conv.output_size[1]));
-  const double per_row = cols * p.conv.stride[0] * p.conv.group_in() +
-                         static_cast<double>(2 * p.conv.output_size[1] * p.conv.group_out());
-  return std::min({kRows, rows_within(p, kMostScratchFloats / 2, per_row), rows_for_balance(p, 2 * threads)});
+  int64_t rows = std::min(kRows, rows_for_balance(p, 2 * threads));
+  const double step = static_cast<double>(p.pool.window.stride[0]) * p.conv.stride[0];
+  while (rows > 1 && grad_input_floats(p, static_cast<double>(rows) * step) > kMostScratchFloats) --rows;
+  return rows;
 }
 
 }  // namespace dlfast

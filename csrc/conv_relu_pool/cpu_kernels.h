@@ -38,7 +38,8 @@ struct CpuKernels {
                   const void* weight, const void* bias, void* y, uint8_t* code, float* scratch);
   int64_t (*forward_scratch)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
 
-  // The gradients from a pooled gradient: only the positions that pass gradient are visited. grad_y is
+  // The gradients from a pooled gradient: only the positions that pass gradient are visited, but by
+  // GradWeightWay::masked, which is never false. grad_y is
   // channels_last; with max pooling code is its uint8 code, channels_last too, without pooling what is zero
   // in grad_y passes nothing and code is null. False, and the result unusable, where the input (for
   // grad_weight) or the weight (for grad_input) holds an infinity or a NaN: those meet the zeros that are

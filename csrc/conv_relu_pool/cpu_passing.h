@@ -1,5 +1,6 @@
 // The positions that pass gradient: with max pooling at most one of each window, without pooling those whose
-// gradient is not zero. The backward kernels multiply these only; a dense gradient is mostly zeros.
+// gradient is not zero. Where there is much to multiply the backward kernels multiply these only; a dense
+// gradient is mostly zeros.
 #pragma once
 
 namespace dlfast::DLFAST_LEVEL {

@@ -39,11 +39,10 @@ struct CpuKernels {
   int64_t (*forward_scratch)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
 
   // The gradients from a pooled gradient: only the positions that pass gradient are visited, but by
-  // GradWeightWay::masked, which is never false. grad_y is
-  // channels_last; with max pooling code is its uint8 code, channels_last too, without pooling what is zero
-  // in grad_y passes nothing and code is null. False, and the result unusable, where the input (for
-  // grad_weight) or the weight (for grad_input) holds an infinity or a NaN: those meet the zeros that are
-  // skipped here, and PyTorch's product of the two is NaN.
+  // GradWeightWay::masked. grad_y is channels_last; with max pooling code is its uint8 code, channels_last
+  // too, without pooling what is zero in grad_y passes nothing and code is null. False, and the result
+  // unusable, where the input (for grad_weight, but masked) or the weight (for grad_input) holds an infinity
+  // or a NaN: those meet the zeros that are skipped here, and PyTorch's product of the two is NaN.
 
   // grad_weight like weight, grad_bias [K].
   bool (*grad_weight)(const ConvBlockParams& p, GradWeightWay way, Dtype dtype, const void* input,

@@ -14,7 +14,8 @@ namespace dlfast {
 namespace {
 
 // ---- Measured constants: parts of the peak of multiply-adds that the inner loops reach, all else in cache.
-// From `dlfast bench layers` with DLFAST_PLAN forced, AVX2. Not measured at the other levels.
+// Fitted to times of forward, grad_input and grad_weight by themselves with DLFAST_PLAN forced, AVX2, on the
+// shapes of `dlfast bench layers` and some more. Not measured at the other levels.
 constexpr double kPyTorchSpeed = 0.85;  // its convolution of float32
 constexpr double kPyTorchBackwardSpeed = 0.70;
 constexpr double kPyTorchFewChannels = 0.25;  // the same with fewer than kFew input channels

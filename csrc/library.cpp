@@ -112,10 +112,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Candidates of each part of a block as (part, name, flops, bytes, seconds, chosen), seconds on CUDA "
       "only; the first row is the convolution as such, its seconds the least there can be. Where PyTorch is "
       "set to measure and has, two rows 'block' say what the whole takes by PyTorch's kernels and by ours");
-  m.def(
-      "tensors_state",
-      [](const std::vector<at::Tensor>& tensors) { return py::bytes(dlfast::tensors_state(tensors)); },
-      "What tells whether tensors have changed: address, version, layout, and on the CPU some numbers");
+  py::class_<dlfast::TensorsState>(
+      m, "TensorsState", "What tells whether tensors are still the same, unchanged; see tensors_state.h")
+      .def(py::init<const std::vector<at::Tensor>&>())
+      .def("holds", &dlfast::TensorsState::holds);
   m.def("peak_flops", dlfast::peak_flops, py::call_guard<py::gil_scoped_release>(),
         "Multiplications and additions of float32 per second that the threads of ATen reach");
   m.def("peak_bandwidth", dlfast::peak_bandwidth, py::call_guard<py::gil_scoped_release>(),

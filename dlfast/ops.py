@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from dlfast import fake, reference
 from dlfast._native import native, runs_on
+from dlfast.modes import is_transformed
 
 Size2 = int | Sequence[int]
 
@@ -101,8 +103,13 @@ def conv_relu_pool2d(
     >>> torch.allclose(y, torch.nn.functional.max_pool2d(plain.relu(), 2), atol=1e-4)
     True
     """
-    # torch.func transforms (grad, vmap, jvp) cannot look inside an operator that brings its own autograd.
-    if not runs_on(input.device) or torch._C._are_functorch_transforms_active():
+    if has_torch_function_variadic(input, weight, bias):  # torch.fx, tensors of a class of their own
+        return handle_torch_function(
+            conv_relu_pool2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, activation=activation, pool=pool, pool_size=pool_size,
+            pool_stride=pool_stride, pool_padding=pool_padding, ceil_mode=ceil_mode,
+        )  # fmt: skip
+    if not runs_on(input.device) or is_transformed():
         return reference.conv_relu_pool2d(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,

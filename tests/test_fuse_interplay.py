@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuse_models import Functional, Normalised, Residual, Rising
+from fuse_models import Functional, Normalised, Residual, Rising, recorded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -215,6 +215,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import dlfast
+from dlfast.fusion.run import ChainRun
 
 def work(rank, port, how):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -225,7 +226,10 @@ def work(rank, port, how):
         nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 16, 4),
     ).double()
     fused = dlfast.fuse(copy.deepcopy(plain), inplace=True)
-    assert type(fused[0]) is dlfast.nn.ConvReLUPool2d and type(fused[3]) is dlfast.nn.ConvBNReLUPool2d
+    assert [run.name for run in fused.forward.chains] == ["0", "3"]
+    ran = []
+    whole = ChainRun._fused
+    ChainRun._fused = lambda run, x: ran.append(run.name) or whole(run, x)
     x = torch.randn(2, 4, 3, 22, 22, dtype=torch.float64)[rank]
     losses = []
     for model in (fused, plain):
@@ -246,6 +250,7 @@ def work(rank, port, how):
         losses.append(mine)
     torch.testing.assert_close(losses[0], losses[1])
     assert losses[0][0] != losses[0][2]
+    assert ran == ["0", "3"] * 3
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -297,26 +302,35 @@ def test_lightning_module_keeps_its_class_and_methods(tmp_path):
     plain = Lit()
     fused = dlfast.fuse(copy.deepcopy(plain), inplace=True)
     assert type(fused) is Lit
-    assert type(fused.net[0]) is dlfast.nn.ConvBNReLUPool2d
     data = torch.utils.data.TensorDataset(torch.randn(12, 3, 20, 20), torch.arange(12) % 2)
     for model in (fused, plain):
         trainer = lightning.Trainer(
             max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=tmp_path,
         )  # fmt: skip
-        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))
+        with recorded() as ran:
+            trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))
+        assert len(ran) == (6 if model is fused else 0)
     assert len(fused.losses) == 6
     assert fused.losses == pytest.approx(plain.losses, rel=1e-3)
 
 
 @pytest.mark.parametrize("layers", [[nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()], [nn.BatchNorm2d(3), nn.ReLU()]])
-def test_sync_batch_norm_comes_first(layers):
-    """Converted afterwards, the fused layer's normalisation would run twice, or its ReLU not at all."""
+def test_sync_batch_norm_after_fusing(layers):
+    """The normalisation is another layer then, which runs by itself."""
     plain = nn.Sequential(*copy.deepcopy(layers))
-    fused = dlfast.fuse(plain)
-    with pytest.raises(RuntimeError, match=r"before dlfast\.fuse"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(fused)
-    nn.SyncBatchNorm.convert_sync_batchnorm(dlfast.unfuse(fused))
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(dlfast.fuse(plain)).eval()
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.warns(dlfast.NotFusedWarning, match="SyncBatchNorm"):
+        torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_our_layer_does_not_become_a_sync_batch_norm():
+    """Its ReLU and pooling would be lost."""
+    model = nn.Sequential(dlfast.nn.BNReLUPool2d(3))
+    with pytest.raises(RuntimeError, match="BNReLUPool2d cannot become a SyncBatchNorm"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def test_accelerate():

@@ -8,40 +8,36 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from dlfast.fusion.absorbed import HEADS, PLAIN, Absorbed, AbsorbedBatchNorm2d, Plain, PooledDropout2d, swap, swap_back
 from dlfast.fusion.chain import Chain
-from dlfast.fusion.exposure import calls
+from dlfast.fusion.forward import FusedForward, forward_of, is_put, put, take_back
 from dlfast.fusion.gain import shapes_of
-from dlfast.fusion.guard import FORWARD, GuardedForward, guard, is_guarded, unguard
-from dlfast.fusion.held import held_elsewhere
-from dlfast.fusion.rewritten import CannotRewrite, rewrite
-from dlfast.fusion.survey import Survey, removed_sites, survey, swappable
+from dlfast.fusion.generate import CannotRewrite, of_nodes, run_name, with_calls
+from dlfast.fusion.guard import Guard
+from dlfast.fusion.layers import Link
+from dlfast.fusion.run import ChainRun, NotFusedWarning, PooledCall, PooledChainRun, Run
+from dlfast.fusion.survey import Survey, survey
 from dlfast.fusion.tracing import Level
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class NotFusedWarning(UserWarning):
-    """Nothing of a model was fused; the message says why."""
-
-
 def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose: bool = False) -> M:
     """The same model with its chains of layers run as one: convolution, normalisation, ReLU, pooling.
 
-    The fused layers are the model's own layers, with the very same parameters and buffers, under their own
-    names: optimizers, parameter groups, ``state_dict`` keys and checkpoints made before and after keep
-    working. Layers whose work a fused layer does stay where they are and hand on what they are given.
-    What cannot be fused without a chance of changing the model's meaning is left as it is; what would not
-    be faster, too. :func:`dlfast.explain` tells which and why, :func:`dlfast.verify` compares with the
-    original, :func:`dlfast.unfuse` takes it back.
+    The layers stay what they are, with the very same parameters and buffers, under their own names: optimizers,
+    parameter groups, ``state_dict`` keys, checkpoints and whatever walks through ``model.modules()`` keep working.
+    Modules whose forward runs a chain are given a forward in which the chain is one operator. At each call it looks
+    at the layers; where a hook was registered, a layer replaced or an option changed, it runs them one by one, and
+    says so once with a `NotFusedWarning`. What cannot be fused without a chance of changing the model's meaning is
+    left as it is; what would not be faster, too. :func:`dlfast.explain` tells which and why, :func:`dlfast.verify`
+    compares with the original, :func:`dlfast.unfuse` takes it back.
 
     Args:
         model: any module, in training or in evaluation mode.
         example_inputs: a tensor, or a tuple of what `model` is called with. With it each chain is planned for
             its size, and adaptive poolings may be fused.
         inplace: change `model` itself. Otherwise the result is a copy that shares all parameters and buffers
-            with `model`, so that either may be trained. A ReLU or pooling layer that somebody else holds as well
-            (a default argument ``act=nn.ReLU()`` of several models) is left as it is in either case.
+            with `model`, so that either may be trained.
         verbose: print the table of :func:`dlfast.explain`.
 
     Returns:
@@ -64,7 +60,7 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
     """
     check_model("fuse", model)
     inputs = as_inputs(example_inputs)
-    found = look(model, inputs, inplace=inplace)
+    found = look(model, inputs)
     if verbose:
         from dlfast.fusion.table import of_survey, print_report
 
@@ -99,8 +95,7 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
 
     Raises:
         TypeError: `model` is not a module, or a compiled one.
-        RuntimeError: a fused layer has another class or forward by now (a parametrization, ``fully_shard``):
-            nothing was changed.
+        RuntimeError: somebody has replaced the forward of a fused module since: nothing was changed.
 
     >>> import torch, dlfast
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
@@ -114,34 +109,21 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
     check_model("unfuse", model)
     if not is_fused(model):
         return model
-    _check_unchanged(model)
-    model = model if inplace else share(model)
-    for module in model.modules():
-        if PLAIN in module.__dict__:
-            swap_back(module)
-        if is_guarded(module):
-            unguard(module)
-    return model
-
-
-def _check_unchanged(model: nn.Module) -> None:
-    """Refuse a model whose fused layers somebody has given another class or forward: it would be lost."""
     for name, module in model.named_modules():
-        plain: Plain | None = module.__dict__.get(PLAIN)
-        if plain is not None and type(module) is not plain.fused:
-            raise RuntimeError(
-                f"the fused layer {name or 'model'!r} is a {type(module).__name__} by now, no {plain.fused.__name__}: "
-                "take back first what changed its class since dlfast.fuse (a parametrization, fully_shard ...)"
-            )
-        if is_guarded(module) and module.__dict__.get("forward") is not module.__dict__[FORWARD]:
+        if is_put(module) and forward_of(module) is None:
             raise RuntimeError(
                 f"the forward of {name or 'the model'!r} was replaced since dlfast.fuse: take that back first"
             )
+    model = model if inplace else share(model)
+    for module in model.modules():
+        if is_put(module):
+            take_back(module)
+    return model
 
 
 def is_fused(model: nn.Module) -> bool:
     """Whether :func:`fuse` has changed `model`."""
-    return any(PLAIN in module.__dict__ or is_guarded(module) for module in model.modules())
+    return any(is_put(module) for module in model.modules())
 
 
 def check_model(caller: str, model: object) -> None:
@@ -162,10 +144,9 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
     return tuple(example_inputs) if isinstance(example_inputs, list) else (example_inputs,)
 
 
-def look(model: nn.Module, inputs: tuple[Any, ...] | None, *, inplace: bool = False) -> Survey:
-    """The survey of `model`, planned for `inputs` where there are any; `inplace` of a model to change itself."""
-    shapes = None if inputs is None else shapes_of(model, inputs)
-    return survey(model, shapes, held_elsewhere(model) if inplace else frozenset())
+def look(model: nn.Module, inputs: tuple[Any, ...] | None) -> Survey:
+    """The survey of `model`, planned for `inputs` where there are any."""
+    return survey(model, None if inputs is None else shapes_of(model, inputs))
 
 
 def share(model: M) -> M:
@@ -183,54 +164,68 @@ def _why_nothing(found: Survey) -> str:
 
 def apply(found: Survey) -> None:
     """Carry out a survey; every step is prepared before the first one is taken."""
-    whole = swappable(found, calls(found.levels))
-    swaps: dict[int, tuple[nn.Module, type[nn.Module], dict[str, Any]]] = {}
-    removed: dict[str, dict[bool, set[fx.Node]]] = {}
-    functions: dict[str, list[Chain]] = {}
-    levels: dict[str, Level] = {}
-    layers: dict[str, dict[str, nn.Module]] = {}
+    forwards: dict[str, FusedForward] = {}
+    levels = {level.name: level for level in found.levels}
+    here: dict[str, list[Chain]] = {}
+    tails: dict[str, list[Chain]] = {}
     for chain in found.fused:
-        for site in (chain.head, *chain.sites, *chain.passed):
-            levels[site.level.name] = site.level
-            own = layers.setdefault(site.level.name, {})
-            if site.module is not None:
-                own[site.path] = site.module
-        gone = removed_sites(chain, whole)
-        for site in gone:
-            for mode, node in site.nodes.items():
-                removed.setdefault(site.level.name, {True: set(), False: set()})[mode].add(node)
-        for site in chain.sites:
-            if site.module is not None and site not in gone:
-                kind: type[nn.Module] = AbsorbedBatchNorm2d if site.module is chain.bn else Absorbed
-                swaps[id(site.module)] = (site.module, kind, {})
-            elif site.module is chain.bn and chain.bn is not None:
-                swaps[id(chain.bn)] = (chain.bn, AbsorbedBatchNorm2d, {})
-        for site in chain.passed:
-            if isinstance(site.module, nn.Dropout2d):
-                swaps[id(site.module)] = (site.module, PooledDropout2d, {})
-        if chain.kind == "relu" and gone:
-            functions.setdefault(chain.head.level.name, []).append(chain)
-        else:
-            assert chain.head.module is not None
-            swaps[id(chain.head.module)] = (chain.head.module, *_head(chain))
-    forwards: dict[str, GuardedForward] = {
-        name: rewrite(levels[name], functions.get(name, []), nodes, layers[name]) for name, nodes in removed.items()
-    }
-    for name, level in levels.items():
-        if name not in forwards:
-            forwards[name] = GuardedForward(level.module, level.findings.flags, layers[name])
-    for module, kind, attributes in swaps.values():
-        swap(module, kind, attributes)
+        here.setdefault(chain.head.level.name, []).append(chain)
+        if chain.tail is not None:
+            tails.setdefault(chain.tail.level.name, []).append(chain)
+    for name in {**here, **tails}:
+        forwards[name] = _forward(levels[name], here.get(name, []), tails.get(name, []))
     for name, forward in forwards.items():
-        guard(levels[name].module, forward)
+        put(levels[name].module, forward)
 
 
-def _head(chain: Chain) -> tuple[type[nn.Module], dict[str, Any]]:
-    if chain.kind == "conv":
-        attributes = chain.window.options()
-        if chain.bn is not None:
-            return HEADS["conv bn"], {**attributes, "bn": chain.bn}
-        if chain.adaptive is not None:
-            return HEADS["conv adaptive"], {**attributes, "adaptive_size": chain.adaptive}
-        return HEADS["conv"], attributes
-    return HEADS[chain.kind], {"window": chain.window}
+def _forward(level: Level, chains: list[Chain], tails: list[Chain]) -> FusedForward:
+    """The forward of `level` with `chains` of its own, and those of modules that it calls, with a pooling after."""
+    runs: dict[str, Run] = {}
+    nodes: dict[bool, dict[int, list[fx.Node]]] = {mode: {} for mode in level.graphs}
+    for number, chain in enumerate([*chains, *tails]):
+        own = number < len(chains)
+        of_chain = _nodes(chain) if own else _tail_nodes(chain)
+        runs[run_name(number)] = _run(chain, of_chain) if own else _pooled_call(chain, of_chain)
+        for mode, found in of_chain.items():
+            nodes[mode][number] = found
+    sources = {mode: with_calls(graph, nodes[mode]) for mode, graph in level.graphs.items()}
+    forward = FusedForward(level.module, Guard.of(level), sources, runs)
+    for number, chain in enumerate(chains):
+        if chain.tail is not None:
+            forward.take_pool(run_name(number), _run(chain, _nodes(chain), pooled=True))  # type: ignore[arg-type]
+    return forward
+
+
+def _nodes(chain: Chain) -> dict[bool, list[fx.Node]]:
+    """The nodes of a chain in its own level, one after the other."""
+    found = {}
+    for mode, graph in chain.head.level.graphs.items():
+        own = {site.nodes[mode] for site in (chain.head, *chain.sites, *chain.passed)}
+        found[mode] = [node for node in graph.nodes if node in own]
+    return found
+
+
+def _tail_nodes(chain: Chain) -> dict[bool, list[fx.Node]]:
+    assert chain.tail is not None
+    return {mode: [call, chain.tail.pool.nodes[mode]] for mode, call in chain.tail.calls.items()}
+
+
+def _run(chain: Chain, nodes: dict[bool, list[fx.Node]], pooled: bool = False) -> ChainRun:
+    sites = (chain.head, *chain.sites, *chain.passed)
+    links = [Link(site.path, site.module) for site in sites if site.module is not None]
+    conv = next((link for link in links if link.kind is nn.Conv2d), None)
+    bn = next((link for link in links if link.kind is nn.BatchNorm2d), None)
+    others = [link for link in links if link is not conv and link is not bn]
+    after = {mode: of_nodes([site.nodes[mode] for site in chain.passed]) for mode in nodes}
+    window, adaptive = (chain.window, chain.adaptive) if pooled else (chain.own_window, chain.own_adaptive)
+    kind = PooledChainRun if pooled else ChainRun
+    plain = {mode: of_nodes(own) for mode, own in nodes.items()}
+    return kind(chain.name, conv, bn, others, window, adaptive, plain, after)
+
+
+def _pooled_call(chain: Chain, nodes: dict[bool, list[fx.Node]]) -> PooledCall:
+    tail = chain.tail
+    assert tail is not None
+    links = [] if tail.pool.module is None else [Link(tail.pool.path, tail.pool.module)]
+    plain = {mode: of_nodes(own) for mode, own in nodes.items()}
+    return PooledCall(tail.path, tail.path, type(chain.head.level.module), links, plain)

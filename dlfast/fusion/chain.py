@@ -35,20 +35,47 @@ class Site:
 
 
 @dataclass
+class Tail:
+    """The pooling that follows the call of a module whose forward ends in a chain."""
+
+    level: Level  # that of the call
+    calls: dict[bool, fx.Node]
+    pool: Site
+    window: Window
+    adaptive: tuple[int | None, int | None] | None
+
+    @property
+    def path(self) -> str:
+        """Of the called module, from the level's."""
+        return str(self.calls[True].target)
+
+
+@dataclass
 class Chain:
     """One fusable chain, or one that looks fusable and is left alone."""
 
     head: Site
     bn: nn.BatchNorm2d | None = None
-    window: Window = field(default_factory=lambda: Window(None, None, (1, 1), (1, 1)))
-    adaptive: tuple[int | None, int | None] | None = None
+    own_window: Window = field(default_factory=lambda: Window(None, None, (1, 1), (1, 1)))
+    own_adaptive: tuple[int | None, int | None] | None = None
     sites: list[Site] = field(default_factory=list)  # all but the head
-    passed: list[Site] = field(default_factory=list)  # what stays in place between them
+    passed: list[Site] = field(default_factory=list)  # what runs after the operator, though it stands before its end
+    tail: Tail | None = None
     why_not: str = ""
     stop: str = ""  # why it ends where it does, where something fusable seemed to follow
     last: Site | None = None  # whose value is the chain's
     plan: Plan | None = None  # of a convolution block, where example inputs were given
     bytes_saved: int | None = None
+
+    @property
+    def window(self) -> Window:
+        """Activation and pooling, the tail's included."""
+        return self.own_window if self.tail is None else self.tail.window
+
+    @property
+    def adaptive(self) -> tuple[int | None, int | None] | None:
+        """Output size of an adaptive pooling."""
+        return self.own_adaptive if self.tail is None else self.tail.adaptive
 
     @property
     def kind(self) -> str:
@@ -209,9 +236,9 @@ def _fill(chain: Chain, start: Step, here: Match, there: Match) -> None:
         assert isinstance(here.bn.module, nn.BatchNorm2d)
         chain.bn = here.bn.module
     relu = here.relu is not None or start.kind == "relu"
-    window = here.pool.window if here.pool is not None and here.pool.window is not None else chain.window
-    chain.window = replace(window, activation="relu" if relu else None)
-    chain.adaptive = here.pool.adaptive if here.pool is not None else None
+    window = here.pool.window if here.pool is not None and here.pool.window is not None else chain.own_window
+    chain.own_window = replace(window, activation="relu" if relu else None)
+    chain.own_adaptive = here.pool.adaptive if here.pool is not None else None
     for one, other in zip(here.absorbed, there.absorbed, strict=True):
         chain.sites.append(Site(level, {True: one.node, False: other.node}, one.module))
     for one, other in zip(here.passed, there.passed, strict=True):
@@ -229,7 +256,7 @@ def extend(chain: Chain, level: Level, nodes: dict[bool, fx.Node]) -> None:
     found: dict[bool, Step] = {}
     for mode, node in nodes.items():
         users = list(node.users)
-        if len(users) != 1:
+        if len(users) != 1 or len(node.args) + len(node.kwargs) != 1 or len(node.all_input_nodes) != 1:
             return
         step = recognise(users[0], level.module)
         if step.kind != "pool" or step.why_not or step.input is not node:
@@ -241,9 +268,6 @@ def extend(chain: Chain, level: Level, nodes: dict[bool, fx.Node]) -> None:
     assert step.window is not None
     if not _takes(step, chain.kind, chain.bn is not None):
         return
-    chain.window = replace(step.window, activation=chain.window.activation)
-    chain.adaptive = step.adaptive
     site = Site(level, {mode: each.node for mode, each in found.items()}, step.module)
-    chain.sites.append(site)
-    chain.passed.append(Site(level, nodes, chain.head.level.module))
-    chain.last = site
+    window = replace(step.window, activation=chain.own_window.activation)
+    chain.tail = Tail(level, nodes, site, window, step.adaptive)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dlfast._native import runs_on
 from dlfast.fusion.chain import Chain
+from dlfast.fusion.sizes import convolved, ordinary
 from dlfast.nn.batch_norm import CONVOLUTION
 from dlfast.nn.conv import ConvReLUPool2d
 from dlfast.plan import Plan, plan_block
@@ -59,28 +60,6 @@ def _measure(chain: Chain, shape: torch.Size, dtype: torch.dtype) -> str:
     if chain.window.pool is not None:
         chain.bytes_saved = _bytes_saved(chain, z)
     return ""
-
-
-def ordinary(size: tuple[int | None, int | None], input: tuple[int, ...]) -> tuple[int, int] | None:
-    """The window, and stride, of an adaptive pooling that divides its input evenly.
-
-    >>> ordinary((1, None), (6, 6)), ordinary((4, 4), (6, 6))
-    ((6, 1), None)
-    """
-    wanted = [have if want is None else want for want, have in zip(size, input, strict=True)]
-    if any(want < 1 or have % want for want, have in zip(wanted, input, strict=True)):
-        return None
-    return input[0] // wanted[0], input[1] // wanted[1]
-
-
-def convolved(conv: nn.Conv2d, shape: torch.Size) -> list[int]:
-    """The shape of what `conv` makes of an input of `shape`."""
-    size = []
-    for axis in (0, 1):
-        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-        padding = {"valid": 0, "same": reach}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[axis]
-        size.append((shape[axis - 2] + padding - reach - 1) // conv.stride[axis] + 1)
-    return [*shape[:-3], conv.out_channels, *size]
 
 
 def _bytes_saved(chain: Chain, z: Tensor) -> int:

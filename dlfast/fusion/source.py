@@ -13,6 +13,7 @@ import ast
 import builtins
 import copy
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ MUTATORS = {
 }  # fmt: skip
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "seed", "initial_seed", "manual_seed", "uniform", "random"}
 PURE_TESTS = {"isinstance", "issubclass", "hasattr", "len", "bool", "callable"}
+WALKS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule"}
 SCRIPTING = {"torch.jit.is_scripting", "torch.jit.is_tracing"}
 COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -41,9 +43,11 @@ class Findings:
 
     not_traced: str = ""  # why a trace does not stand for it
     not_rewritten: str = ""  # why generated code may not replace it
-    reads_training: bool = False
     constants: dict[str, Any] = field(default_factory=dict)  # attributes of the module that a trace freezes
     flags: dict[str, Any] = field(default_factory=dict)  # those, by their path, that may decide which layers are called
+    globals: dict[tuple[str, str], Any] = field(default_factory=dict)  # variables of Python modules that it freezes
+    methods: set[str] = field(default_factory=set)  # of the module's class that it enters
+    walks: bool = False  # goes through the children of the module, whichever they are
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class _Reader(ast.NodeVisitor):
         self.module, self.code, self.scope, self.found = module, code, scope, found
         self.locals = {*code.co_varnames, *code.co_cellvars}
         self.self_name = code.co_varnames[0] if code.co_argcount and _is_method_of(code, type(module)) else ""
+        self.called: set[int] = set()  # ids of the names that something is called by, `f` of f(x) and f.g(x)
 
     def _not_traced(self, node: ast.AST, why: str) -> None:
         if not self.found.not_traced:
@@ -226,6 +231,7 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         func = node.func
+        self.called.add(id(_root(func)))
         if isinstance(func, ast.Attribute):
             root = _root(func)
             local = isinstance(root, ast.Name) and root.id in self.locals and root.id != self.self_name
@@ -250,16 +256,50 @@ class _Reader(ast.NodeVisitor):
         ) or top in ("random", "time", "os", "numpy"):
             self._not_rewritten(node, f"calls `{name}`, which a trace would freeze")
 
-    # ---- What is read from the module
+    # ---- What is read from the module, and from outside of the function
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if isinstance(node.value, ast.Name) and node.value.id == self.self_name and self.self_name:
+        owner = node.value
+        if isinstance(owner, ast.Name) and owner.id == self.self_name and self.self_name:
             self._read(node)
+        elif isinstance(owner, ast.Attribute) and is_plain(value := self._value(node)):
+            self.found.constants[ast.unparse(node).partition(".")[2]] = copy.deepcopy(value)
+            return  # by its whole path, whatever it is an attribute of
+        elif isinstance(owner, ast.Name) and owner.id not in self.locals:
+            self._read_outside(node, self._global(owner.id))
         self.generic_visit(node)
+
+    def _read_outside(self, node: ast.Attribute, owner: Any) -> None:
+        value = getattr(owner, node.attr, MISSING) if isinstance(owner, ModuleType | type) else MISSING
+        if value is MISSING or not is_plain(value) or owner.__name__.partition(".")[0] in ("torch", "math"):
+            return
+        if isinstance(owner, type):
+            self._not_rewritten(node, f"reads `{ast.unparse(node)}`, which a trace would freeze")
+        else:
+            self.found.globals[owner.__name__, node.attr] = copy.deepcopy(value)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        name = node.id
+        if name in self.locals or not isinstance(node.ctx, ast.Load):
+            return
+        if name in self.code.co_freevars:
+            if name != "__class__" and id(node) not in self.called:
+                self._not_rewritten(node, f"reads `{name}` of the function around it, which a trace would freeze")
+            return
+        value = self.scope.get(name, MISSING)
+        owner = self.scope.get("__name__", "")
+        if value is MISSING or isinstance(value, ModuleType) or callable(value):
+            return
+        if is_plain(value) and vars(sys.modules.get(owner, object)) is self.scope:
+            self.found.globals[owner, name] = copy.deepcopy(value)
+        else:
+            self._not_rewritten(node, f"reads `{name}`, which a trace would freeze")
 
     def _read(self, node: ast.Attribute) -> None:
         if node.attr == "training":
-            self.found.reads_training = True
+            return
+        if node.attr == "_modules":
+            self.found.walks = True
             return
         value = self._value(node)
         if value is MISSING:
@@ -269,7 +309,14 @@ class _Reader(ast.NodeVisitor):
             # A number that is not a whole one decides only where it is compared.
             if not isinstance(value, float | torch.dtype | torch.device):
                 self.found.flags[node.attr] = copy.deepcopy(value)
-        elif not isinstance(value, nn.Module | torch.Tensor) and not callable(value):
+        elif isinstance(value, nn.Module | torch.Tensor):
+            pass
+        elif node.attr not in self.module.__dict__ and callable(value):
+            self.found.methods.add(node.attr)
+            self.found.walks = self.found.walks or node.attr in WALKS
+        elif inspect.isfunction(value) or inspect.isbuiltin(value):
+            self.found.constants[node.attr] = value
+        else:
             self._not_rewritten(node, f"reads `{ast.unparse(node)}`, which a trace would freeze")
 
     def _value(self, node: ast.Attribute) -> Any:

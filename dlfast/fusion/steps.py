@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dlfast.nn.conv import _pooling_of, _refuse_extras
+from dlfast.nn.conv import extras_of, pooling_of
+from dlfast.nn.plain import oddity
 from dlfast.nn.window import Window
 
 # Activations that never fall as their input rises: the maximum of a window may be taken before them. Their
@@ -84,9 +85,11 @@ def recognise(node: fx.Node, root: nn.Module) -> Step:
 
 def _of_module(node: fx.Node, module: nn.Module) -> Step:
     kind = type(module)
-    why_not = hooks_of(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
+    why_not = oddity(module)
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
-        return Step("conv", node, module, why_not=why_not or _extras_of(module))
+        return Step("conv", node, module, why_not=extras_of(module) or why_not)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return Step("other", node, module, why_not="it is not initialised: run the model once before")
     if kind is nn.BatchNorm2d:
         return Step("bn", node, module, why_not=why_not)
     if isinstance(module, nn.ReLU) and kind is nn.ReLU:
@@ -121,7 +124,7 @@ def _of_pool(node: fx.Node, module: nn.Module, why_not: str, own: bool) -> Step:
         name = "avg" if isinstance(module, nn.AdaptiveAvgPool2d) else "max"
         return Step("pool", node, mine, Window(None, name, (1, 1), (1, 1)), pair, why_not=why_not)  # type: ignore[arg-type]
     try:
-        options = _pooling_of(module)
+        options = pooling_of(module)
         window = Window.checked(**options, activation=None)
     except ValueError as error:
         return Step("pool", node, mine, Window(None), why_not=why_not or str(error))
@@ -157,27 +160,3 @@ def _of_function(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict
     if bound.get("stride") in ([], ()):  # what torch.max_pool2d calls no stride
         bound["stride"] = None
     return _of_pool(node, kind(**bound), "", own=False)
-
-
-def _extras_of(conv: nn.Conv2d) -> str:
-    """Why `conv` is more than its weight and bias: old-style weight_norm, pruning and the like."""
-    pre_hooks = conv._forward_pre_hooks
-    try:
-        # Hooks before the convolution see what they saw: they may stay.
-        conv._forward_pre_hooks = type(pre_hooks)()
-        _refuse_extras(conv)
-    except ValueError as error:
-        return str(error)
-    finally:
-        conv._forward_pre_hooks = pre_hooks
-    return ""
-
-
-def hooks_of(module: nn.Module) -> str:
-    """Hooks that would see something else, or nothing, when another module does the work."""
-    for kind in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        if getattr(module, kind):
-            return f"it has {kind.strip('_')}"
-    if module._forward_pre_hooks and not isinstance(module, nn.Conv2d):
-        return "it has forward_pre_hooks"
-    return ""

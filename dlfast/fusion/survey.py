@@ -1,24 +1,23 @@
 """The chains of a whole model: found, checked against everything that could tell the difference, weighed.
 
-Nothing here changes the model; what is decided here `dlfast.fusion.swap` carries out as a whole.
+Nothing here changes the model; what is decided here `dlfast.fusion.api` carries out as a whole.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
-from dlfast.fusion.chain import Chain, Site, chains_of, extend
-from dlfast.fusion.exposure import called_by_traces_alone, calls, exposed, uses_of
+from dlfast.fusion.chain import Chain, chains_of, extend
+from dlfast.fusion.forward import is_put
 from dlfast.fusion.gain import Shapes, weigh
-from dlfast.fusion.guard import is_guarded
-from dlfast.fusion.methods import Uses
-from dlfast.fusion.steps import Step, hooks_of
+from dlfast.fusion.steps import Step
 from dlfast.fusion.tracing import Level, trace
+from dlfast.nn.plain import HOOKS
 
 # What makes a new tensor, so that ReLU in place on it is seen by nobody else.
 FRESH = (nn.BatchNorm2d, nn.Conv2d, nn.Linear, nn.SyncBatchNorm)
@@ -31,7 +30,6 @@ class Survey:
     chains: list[Chain] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
     why_not: str = ""  # for the whole model
-    alone: set[int] = field(default_factory=set)  # ids of modules that only the traced forwards call
 
     @property
     def fused(self) -> list[Chain]:
@@ -47,22 +45,14 @@ class Survey:
         return [level for level in self.levels if level.why_not]
 
 
-def survey(model: nn.Module, shapes: Shapes | None = None, held: Collection[int] = frozenset()) -> Survey:
-    """Find the chains of `model`.
-
-    `shapes` are the inputs of its layers where example inputs were given, `held` the ids of layers that somebody
-    outside of the model has and that must stay what they are.
-    """
+def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
+    """Find the chains of `model`; `shapes` are the inputs of its layers where example inputs were given."""
     found = Survey(why_not=_unfit(model))
     if found.why_not:
         return found
     found.levels = [trace(name, module) for name, module in model.named_modules() if _has_own_forward(module)]
-    opened = exposed(model, found.levels)
-    found.alone = called_by_traces_alone(model, found.levels) - opened
-    found.alone -= {id(m) for m in model.modules() if id(m) in held and not m._parameters}
-    by_module = {id(level.module): level for level in found.levels}
     tails: dict[int, Chain] = {}
-    call_counts = calls(found.levels)
+    call_counts = _calls(found.levels)
     for level in reversed(found.levels):  # children come after their parents in named_modules
         if level.why_not:
             continue
@@ -70,16 +60,35 @@ def survey(model: nn.Module, shapes: Shapes | None = None, held: Collection[int]
         own = [chain for chain in chains_of(level, _is_head) if chain.sites or chain.why_not]
         found.chains += own
         tail = _tail(level, own)
-        if tail is not None and id(level.module) in by_module:
+        if tail is not None:
             tails[id(level.module)] = tail
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found.chains.sort(key=lambda chain: order.get(chain.head.name, order.get(chain.head.level.name, 0)))
-    _check(found, model, call_counts, opened)
-    _check_held(found, held)
+    for chain in found.fused:
+        chain.why_not = _why_not(chain)
     for chain in found.fused:
         chain.why_not = weigh(chain, shapes)
-    _settle(found, call_counts)
+        if chain.why_not and (tail := chain.tail) is not None:  # perhaps without the pooling
+            chain.tail = None
+            if _why_not(chain) or weigh(chain, shapes):
+                chain.tail = tail
+            else:
+                chain.why_not = ""
     return found
+
+
+def _calls(levels: Iterable[Level]) -> dict[int, dict[str, int]]:
+    """How often each module is called: by its id, and by the level that calls it; the mode with more counts."""
+    counted: dict[int, dict[str, int]] = {}
+    for level in levels:
+        for graph in level.graphs.values():
+            here = Counter(
+                id(level.module.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module"
+            )
+            for key, count in here.items():
+                of_module = counted.setdefault(key, {})
+                of_module[level.name] = max(of_module.get(level.name, 0), count)
+    return counted
 
 
 def _unfit(model: nn.Module) -> str:
@@ -89,7 +98,7 @@ def _unfit(model: nn.Module) -> str:
             return "it is, or contains, a scripted or frozen module"
         if type(module).__module__.startswith("torch.ao."):
             return "it is quantised, or prepared for it"
-        if "_dlfast_plain" in module.__dict__ or is_guarded(module):
+        if is_put(module):
             return "it is already fused"
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device.type for tensor in tensors}
@@ -127,7 +136,7 @@ def _is_head(step: Step) -> bool:
 def _tail(level: Level, chains: list[Chain]) -> Chain | None:
     """The chain whose value is all that `level` returns, if a pooling may still join it."""
     for chain in chains:
-        if chain.why_not or chain.last is None or chain.window.pool is not None or chain.kind == "relu":
+        if chain.why_not or chain.last is None or chain.own_window.pool is not None or chain.kind == "relu":
             continue
         if all(_is_output(graph, chain.last.nodes[mode]) for mode, graph in level.graphs.items()):
             return chain
@@ -142,10 +151,12 @@ def _extend_tails(level: Level, tails: dict[int, Chain], call_counts: dict[int, 
     by_mode: dict[int, dict[bool, fx.Node]] = {}
     for mode, graph in level.graphs.items():
         for node in graph.nodes:
-            if node.op == "call_module":
-                key = id(level.module.get_submodule(str(node.target)))
-                if key in tails and call_counts[key] == {level.name: 1} and not hooks_of(tails[key].head.level.module):
-                    by_mode.setdefault(key, {})[mode] = node
+            if node.op != "call_module":
+                continue
+            module = level.module.get_submodule(str(node.target))
+            hooked = any(getattr(module, kind) for kind in HOOKS)
+            if id(module) in tails and call_counts[id(module)] == {level.name: 1} and not hooked:
+                by_mode.setdefault(id(module), {})[mode] = node
     for key, nodes in by_mode.items():
         if len(nodes) == len(level.graphs):
             extend(tails[key], level, nodes)
@@ -154,43 +165,17 @@ def _extend_tails(level: Level, tails: dict[int, Chain], call_counts: dict[int, 
 # ---- What could tell the difference -------------------------------------------------------------------
 
 
-def _check(found: Survey, model: nn.Module, call_counts: dict[int, dict[str, int]], opened: set[int]) -> None:
-    uses = uses_of(found.levels)
-    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    for chain in found.fused:
-        levels = {id(site.level.module): site.level for site in (chain.head, *chain.sites)}
-        if any(key in opened for key in (*levels, id(chain.head.module))):
-            chain.why_not = "its layers may be run one by one: they are not only called as a whole"
-        elif method := _method_that_uses(chain, uses):
-            chain.why_not = f"{method} may run its layers one by one"
-        elif any(m is not None and names[id(m)] > 1 for m in (chain.head.module, chain.bn)):
-            chain.why_not = "the layer is registered under several names"
-        elif chain.kind == "relu" and chain.window.pool is None:
-            chain.why_not = "a ReLU alone has nothing to gain"
-        elif chain.kind == "relu" and not _relu_may_move(chain):
-            chain.why_not = "the ReLU changes in place a tensor that others may see"
-        elif chain.bn is not None and not isinstance(chain.bn.num_features, int):
-            chain.why_not = "the normalisation is not initialised"
-    _check_repeats(found, call_counts)
-
-
-def _check_held(found: Survey, held: Collection[int]) -> None:
-    """Whoever has the head of a chain and what follows it would see both change, or one without the other."""
-    for chain in found.fused:
-        modules = {id(site.module) for site in chain.sites if site.module is not None and not site.module._parameters}
-        if chain.kind != "relu" and id(chain.head.module) in held and any(key in held for key in modules):
-            chain.why_not = "its layers are also held outside of the model: fuse a copy, with inplace=False"
-
-
-def _method_that_uses(chain: Chain, uses: Uses) -> str:
-    """The method beside forward that runs a part of `chain` by itself, if there is one."""
-    levels = {id(site.level.module): site.level.module for site in (chain.head, *chain.sites)}
-    for site in (chain.head, *chain.sites):
-        if site.module is not None and id(site.module) in uses.called:
-            return uses.called[id(site.module)]
-    if len(levels) > 1 and id(chain.head.level.module) in uses.called:  # would now end with its parent's pooling
-        return uses.called[id(chain.head.level.module)]
-    return next((uses.opened[key] for key in levels if key in uses.opened), "")
+def _why_not(chain: Chain) -> str:
+    """Why `chain` must stay as it is; empty where nothing is against it."""
+    levels = [chain.head.level] if chain.tail is None else [chain.head.level, chain.tail.level]
+    for level in levels:
+        if level.findings.not_rewritten:
+            return f"a forward without it cannot be generated: {level.findings.not_rewritten}"
+    if chain.kind == "relu" and chain.window.pool is None:
+        return "a ReLU alone has nothing to gain"
+    if chain.kind == "relu" and not _relu_may_move(chain):
+        return "the ReLU changes in place a tensor that others may see"
+    return ""
 
 
 def _relu_may_move(chain: Chain) -> bool:
@@ -207,61 +192,3 @@ def _relu_may_move(chain: Chain) -> bool:
         if not isinstance(chain.head.level.module.get_submodule(str(source.target)), FRESH):
             return False
     return True
-
-
-def _check_repeats(found: Survey, call_counts: dict[int, dict[str, int]]) -> None:
-    """A layer called several times does the same each time, or nothing of it is fused."""
-    by_head: dict[int, list[Chain]] = {}
-    for chain in found.chains:
-        if chain.head.module is not None and chain.kind != "relu":
-            by_head.setdefault(id(chain.head.module), []).append(chain)
-    for key, chains in by_head.items():
-        alike = {(chain.window, chain.adaptive, id(chain.bn)) for chain in chains}
-        called = call_counts.get(key, {})
-        if len(alike) > 1 or len(called) > 1 or sum(called.values()) != len(chains):
-            for chain in chains:
-                chain.why_not = chain.why_not or "the layer is called several times, with different layers after it"
-        elif reason := next((chain.why_not for chain in chains if chain.why_not), ""):
-            for chain in chains:
-                chain.why_not = reason
-
-
-# ---- How each place is taken out ----------------------------------------------------------------------
-
-
-def swappable(found: Survey, call_counts: dict[int, dict[str, int]]) -> set[int]:
-    """The ids of the modules all of whose calls the fused chains take over."""
-    taken = Counter(id(site.module) for chain in found.fused for site in chain.sites if site.module is not None)
-    taken.update(id(c.head.module) for c in found.fused if c.kind == "relu" and c.head.module is not None)
-    return {
-        key
-        for key, count in taken.items()
-        if key in found.alone and call_counts.get(key) and sum(call_counts[key].values()) == count
-    }
-
-
-def removed_sites(chain: Chain, whole: set[int]) -> list[Site]:
-    """The places that only generated code can leave out."""
-    sites = [*chain.sites, chain.head] if chain.kind == "relu" else chain.sites
-    if chain.kind == "relu" and not all(id(site.module) in whole for site in sites):
-        return sites  # a function takes the place of all
-    return [site for site in sites if site.module is None or id(site.module) not in whole]
-
-
-def _settle(found: Survey, call_counts: dict[int, dict[str, int]]) -> None:
-    """Refuse what would need generated code where there can be none, until nothing changes."""
-    while True:
-        whole = swappable(found, call_counts)
-        refused = False
-        for chain in found.fused:
-            for site in removed_sites(chain, whole):
-                reason = site.level.findings.not_rewritten
-                if site.module is not None and chain.bn is site.module:
-                    reason = "the normalisation is also called elsewhere"
-                if reason:
-                    chain.why_not = f"`{site.name}` cannot be left out: {reason}"
-                    refused = True
-                    break
-        _check_repeats(found, call_counts)
-        if not refused:
-            return

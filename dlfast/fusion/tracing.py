@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ class Level:
     module: nn.Module
     graphs: dict[bool, fx.Graph] = field(default_factory=dict)  # by module.training
     findings: Findings = field(default_factory=Findings)
-    entered: set[tuple[str, int]] = field(default_factory=set)  # the code that the traces ran, by place
 
     @property
     def why_not(self) -> str:
@@ -83,19 +82,14 @@ def trace(name: str, module: nn.Module) -> Level:
             level.findings.not_traced = f"cannot be traced ({type(error).__name__}: {text[:160]})"
             return level
         finally:
-            level.entered = {place_of(each.code) for each in entered}
-        frozen = frozen or tracer.frozen
+            frozen = frozen or tracer.frozen
+            vars(tracer).clear()  # its proxies would keep the model alive until the garbage is collected
     level.findings = study(module, [e for e in entered if not _is_known(e.scope.get("__name__", ""))])
     if any(e.code.co_filename.endswith(CONTEXTS) for e in entered):
         level.findings.not_traced = level.findings.not_traced or "runs under a context manager or checkpoint"
     if frozen:
         level.findings.not_rewritten = level.findings.not_rewritten or f"uses {frozen}"
     return level
-
-
-def place_of(code: CodeType) -> tuple[str, int]:
-    """What tells a function from others. Its code does not: fx runs copies of some."""
-    return code.co_filename, code.co_firstlineno
 
 
 def _is_known(module_name: str) -> bool:

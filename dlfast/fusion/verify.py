@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dlfast.fusion.api import NotFusedWarning, as_inputs, check_model, fuse, is_fused, unfuse
+from dlfast.fusion.api import as_inputs, check_model, fuse, is_fused, unfuse
+from dlfast.fusion.run import NotFusedWarning
 
 # In float64 no maximum of a window is decided by rounding, and sums of any order agree far better than this.
 DOUBLE_TOLERANCE = 1e-9

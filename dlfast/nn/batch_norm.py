@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from dlfast.nn.conv import ConvReLUPool2d
-from dlfast.nn.exporting import is_exporting
-from dlfast.nn.folding import Folded, may_fold
+from dlfast.modes import as_leaf, is_exporting
+from dlfast.nn.conv import ConvReLUPool2d, convolve
+from dlfast.nn.folding import Fold
 from dlfast.nn.norm import batch_norm_relu_pool2d
+from dlfast.nn.relu_pool import relu_pool2d
 from dlfast.nn.window import Window
 from dlfast.ops import Size2
 
@@ -27,10 +28,6 @@ def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
 
 def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:
     """What `bn` does to `input` in its present mode, its running statistics included, then `window`."""
-    if isinstance(bn, nn.SyncBatchNorm) and uses_batch_statistics(bn):
-        raise RuntimeError(
-            "the fused pass takes the statistics of this process alone: SyncBatchNorm must run as a layer of its own"
-        )
     momentum = 0.0 if bn.momentum is None else bn.momentum
     updates = bn.training and bn.track_running_stats
     if updates and bn.num_batches_tracked is not None:
@@ -44,23 +41,18 @@ def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:
     )  # fmt: skip
 
 
-class StaysBatchNorm2d(nn.BatchNorm2d):
-    """A normalisation that must not become a SyncBatchNorm: what else it does would be lost without a word.
-
-    ``convert_sync_batchnorm`` takes every subclass, and asks each for a `qconfig` that no other layer has.
-    """
-
-    @property
-    def qconfig(self) -> Any:
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
-            raise RuntimeError(
-                f"{type(self).__name__} cannot become a SyncBatchNorm: use convert_sync_batchnorm before dlfast.fuse, "
-                "or after dlfast.unfuse"
-            )
-        raise AttributeError("qconfig")
+def convolve_and_normalise(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d, input: Tensor, window: Window, fold: Fold
+) -> Tensor:  # fmt: skip
+    """What `conv`, `bn` in its present mode and `window` make of `input`; in evaluation folded, where `fold` allows."""
+    if not uses_batch_statistics(bn) and not is_exporting():
+        folded = fold.tensors(conv, bn)
+        if folded is not None:
+            return convolve(conv, input, *folded, window.options())
+    return normalise(bn, convolve(conv, input, conv.weight, conv.bias, CONVOLUTION.options()), window)
 
 
-class BNReLUPool2d(StaysBatchNorm2d):
+class BNReLUPool2d(nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` followed by ReLU and 2-d pooling, as one pass over its input.
 
     Parameters, buffers, running statistics and ``state_dict`` keys are those of ``nn.BatchNorm2d``. Backward
@@ -109,7 +101,36 @@ class BNReLUPool2d(StaysBatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
 
+    @property
+    def qconfig(self) -> Any:
+        """What ``torch.ao.quantization`` attaches to layers.
+
+        Raises:
+            RuntimeError: ``convert_sync_batchnorm`` asks for it. That takes every subclass of the normalisations for
+                one of them, and asks each for what no other code asks for where it is not set; ReLU and pooling
+                would be lost without a word.
+        """
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise RuntimeError(
+                "BNReLUPool2d cannot become a SyncBatchNorm: use nn.SyncBatchNorm, nn.ReLU and the pooling layer"
+            )
+        try:
+            return self.__dict__["qconfig"]
+        except KeyError:
+            raise AttributeError("'BNReLUPool2d' object has no attribute 'qconfig'") from None
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
+
     def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
         self._check_input_dim(input)
         return normalise(self, input, self.window)
 
@@ -126,7 +147,8 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
     changed (on other devices than the CPU, a change through ``.data`` is seen after ``train()`` or ``eval()``).
     Where gradients of the parameters are asked for in evaluation, nothing is folded.
 
-    Its children: its own ``weight`` and ``bias``, and ``bn``, a :class:`torch.nn.BatchNorm2d`.
+    Its own are ``weight`` and ``bias``; its child ``bn`` is a :class:`torch.nn.BatchNorm2d`. With hooks on that, or
+    another layer in its place (``nn.SyncBatchNorm``), that layer runs by itself.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
@@ -219,18 +241,20 @@ class ConvBNReLUPool2d(ConvReLUPool2d):
 
     def train(self: Self, mode: bool = True) -> Self:
         """As of every module; also drops the folded weight, which is made anew when it is needed."""
-        self.__dict__.pop("_folded", None)
+        self._fold().drop()
         return super().train(mode)
 
-    def forward(self, input: Tensor) -> Tensor:
-        bn = self.bn
-        bn._check_input_dim(input)
-        if uses_batch_statistics(bn) or not may_fold(self, bn) or is_exporting():
-            z = self._block(input, self.weight, self.bias, CONVOLUTION.options())
-            return normalise(bn, z, self.window)
-        weight, bias = Folded.of(self, bn)
-        return self._block(input, weight, bias, self._window_options())
+    def _fold(self) -> Fold:
+        fold: Fold = self.__dict__.setdefault("_folded", Fold())
+        return fold
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the folded tensors, which are made anew where they are needed."""
-        return {key: value for key, value in self.__dict__.items() if key != "_folded"}
+    def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        bn = self.bn
+        if type(bn) is not nn.BatchNorm2d or bn._forward_hooks or bn._forward_pre_hooks or "forward" in bn.__dict__:
+            z = convolve(self, input, self.weight, self.bias, CONVOLUTION.options())
+            return relu_pool2d(bn(z), **self._window_options())
+        bn._check_input_dim(input)
+        return convolve_and_normalise(self, bn, input, self.window, self._fold())

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlfast import reference
-from dlfast.nn.exporting import is_exporting
+from dlfast.modes import as_leaf, is_exporting
+from dlfast.nn.plain import oddity
 from dlfast.nn.window import Window
 from dlfast.ops import Size2, conv_relu_pool2d, pair
 
@@ -149,28 +150,12 @@ class ConvReLUPool2d(nn.Conv2d):
         layer._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
         layer.weight = conv.weight
         layer.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
-        layer._set_pooling(**_pooling_of(pool), activation=activation)
+        layer._set_pooling(**pooling_of(pool), activation=activation)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._block(input, self.weight, self.bias, self._window_options())
-
-    def _block(self, input: Tensor, weight: Tensor, bias: Tensor | None, window: dict[str, Any]) -> Tensor:
-        padding: Size2 | str = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        block = reference.conv_relu_pool2d if is_exporting() else conv_relu_pool2d
-        return block(
-            input,
-            weight,
-            bias,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            **window,
-        )
+        node = as_leaf(self, input)
+        return convolve(self, input, self.weight, self.bias, self._window_options()) if node is None else node
 
     def extra_repr(self) -> str:
         conv = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -250,18 +235,40 @@ class ConvPool2d(ConvReLUPool2d):
         return super().from_modules(conv, pool, activation=None)
 
 
-def _refuse_extras(conv: nn.Conv2d) -> None:
-    """Hooks and reparametrisations stay behind on `conv`, so that the new layer would do something else."""
+def convolve(
+    conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, window: dict[str, Any]
+) -> Tensor:  # fmt: skip
+    """What `conv`, with these for its weight and bias, and then a window (:meth:`Window.options`) make of `input`."""
+    padding: Size2 | str = conv.padding
+    if conv.padding_mode != "zeros":
+        input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    block = reference.conv_relu_pool2d if is_exporting() else conv_relu_pool2d
+    return block(
+        input, weight, bias, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups, **window
+    )
+
+
+def extras_of(conv: nn.Conv2d) -> str:
+    """Why `conv` is more than its weight and bias: old-style weight_norm, pruning and the like."""
     names = {*conv._parameters, *conv._buffers}
     if names != {"weight", "bias"} or not isinstance(conv.weight, nn.Parameter):
-        raise ValueError(f"conv must have the parameters weight and bias and no others, got {sorted(names)}")
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    for kind in hooks:
-        if getattr(conv, kind):
-            raise ValueError(f"conv must have no hooks, got {kind.strip('_')}: register them on the new layer")
+        return f"conv must have the parameters weight and bias and no others, got {sorted(names)}"
+    return ""
 
 
-def _pooling_of(pool: nn.Module | None) -> dict[str, Any]:
+def _refuse_extras(conv: nn.Conv2d) -> None:
+    """Hooks and reparametrisations stay behind on `conv`, so that the new layer would do something else."""
+    if extras := extras_of(conv):
+        raise ValueError(extras)
+    odd = oddity(conv)
+    if "hooks" in odd:
+        raise ValueError(f"conv must have no hooks, got {odd.split()[-1]}: register them on the new layer")
+    if odd:
+        raise ValueError(f"conv must be as PyTorch made it, but {odd}")
+
+
+def pooling_of(pool: nn.Module | None) -> dict[str, Any]:
     """Our pooling arguments for a pooling layer of PyTorch."""
     if pool is None:
         return {"pool": None, "pool_size": 2, "pool_stride": None, "pool_padding": 0, "ceil_mode": False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,48 +35,55 @@ def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def may_fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
-    """Whether nobody asks for gradients that lead through the folded tensors to the parameters."""
-    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in _tensors(conv, bn))
+class Fold:
+    """The folded tensors of one convolution and its normalisation: made when needed, kept while they are true.
 
-
-@dataclass
-class Folded:
-    """Folded tensors, with what tells whether they still hold.
-
-    A version counter and an address tell of every change that PyTorch's own operators, optimizers and
-    ``load_state_dict`` make. What is written through ``.data`` leaves no trace there, so that on the CPU the
-    vectors and a sample of the weight are compared as well. On other devices that would wait for the device in
-    every layer; there ``train()`` and ``eval()``, which drop the folded tensors, tell of such a change.
+    They are true of exactly these tensors at exactly these versions, which ``csrc/bn_relu_pool/tensors_state.h``
+    proves. What is written through ``.data`` counts no version: on the CPU all vectors, weights of up to 64 KiB and a
+    sample of larger ones are compared as well. On other devices that would wait for the device in every layer; there,
+    and for what a sample may miss, :meth:`drop` is called by ``train()`` and ``eval()``.
     """
 
-    weight: Tensor
-    bias: Tensor
-    eps: float
-    state: bytes
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._of: tuple[bool, bool, bool, bool, float] | None = None
+        self._state: Any = None
 
-    @classmethod
-    def of(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        """The folded weight and bias, made now or kept on `conv` from the last time."""
+    def drop(self) -> None:
+        """Forget the folded tensors."""
+        self._kept = self._of = self._state = None
+
+    def tensors(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
+        """The folded weight and bias, kept or made now; None where somebody asks for gradients of what they are
+        made of, which lead through `conv` and `bn` themselves."""
         tensors = _tensors(conv, bn)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None
         if native.module is None or not _may_keep(tensors):
             return fold(conv, bn)
-        state = native.module.tensors_state(tensors)
-        kept: Folded | None = conv.__dict__.get("_folded")
-        if kept is None or kept.state != state or kept.eps != bn.eps:
+        of = (conv.bias is None, bn.weight is None, bn.bias is None, bn.running_mean is None, bn.eps)
+        if self._kept is None or self._of != of or not self._state.holds(tensors):
             with torch.inference_mode(False), torch.no_grad():
-                kept = conv.__dict__["_folded"] = cls(*fold(conv, bn), bn.eps, state)
-        return kept.weight, kept.bias
+                state = native.module.TensorsState(tensors)
+                self._kept, self._of, self._state = fold(conv, bn), of, state
+        return self._kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.drop()
 
 
 def _may_keep(tensors: list[Tensor]) -> bool:
-    """Not while somebody traces, on tensors that are not plain, or that count no versions.
+    """Not while somebody traces or looks on, on tensors that are not plain, or that count no versions.
 
     In a CUDA graph that is captured the fold is part of the graph, and its tensors belong to it.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
     ):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dlfast import reference
 from dlfast._native import runs_on
-from dlfast.nn.exporting import is_exporting
+from dlfast.modes import is_exporting, is_transformed
 from dlfast.nn.window import Window
 from dlfast.ops import Size2
 
@@ -54,6 +55,13 @@ def batch_norm_relu_pool2d(
     >>> dlfast.nn.batch_norm_relu_pool2d(x, mean, var, training=True).shape
     torch.Size([8, 3, 5, 5])
     """
+    given = (input, running_mean, running_var, weight, bias)
+    if has_torch_function(given):  # torch.fx, tensors of a class of their own
+        return handle_torch_function(
+            batch_norm_relu_pool2d, given, *given, training=training, momentum=momentum, eps=eps,
+            activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,
+            pool_padding=pool_padding, ceil_mode=ceil_mode,
+        )  # fmt: skip
     window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
     tensors = [t for t in (running_mean, running_var, weight, bias) if t is not None]
     if not _is_native(input, tensors) or any(t is not None and t.requires_grad for t in (running_mean, running_var)):
@@ -83,7 +91,7 @@ def _is_native(input: Tensor, others: list[Tensor]) -> bool:
     """Whether the compiled operator takes it; what it does not take PyTorch computes, or refuses."""
     if not runs_on(input.device) or input.dim() != 4 or input.numel() == 0:
         return False
-    if input.dtype not in DTYPES or torch._C._are_functorch_transforms_active() or is_exporting():
+    if input.dtype not in DTYPES or is_transformed() or is_exporting():
         return False
     channels = input.shape[1:2]
     wide = torch.promote_types(input.dtype, torch.float32)

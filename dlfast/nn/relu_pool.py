@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dlfast import reference
 from dlfast._native import runs_on
-from dlfast.nn.exporting import is_exporting
+from dlfast.modes import as_leaf, is_exporting, is_transformed
 from dlfast.nn.window import Window
 from dlfast.ops import Size2, pair
 
@@ -41,8 +42,12 @@ def relu_pool2d(
     >>> torch.equal(y, torch.nn.functional.max_pool2d(x.relu(), 3, 2))
     True
     """
-    traced = torch._C._are_functorch_transforms_active() or is_exporting()
-    if traced or not runs_on(input.device):
+    if has_torch_function_unary(input):  # torch.fx, tensors of a class of their own
+        return handle_torch_function(
+            relu_pool2d, (input,), input, activation=activation, pool=pool, pool_size=pool_size,
+            pool_stride=pool_stride, pool_padding=pool_padding, ceil_mode=ceil_mode,
+        )  # fmt: skip
+    if is_transformed() or is_exporting() or not runs_on(input.device):
         return reference.relu_pool2d(
             input, activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,
             pool_padding=pool_padding, ceil_mode=ceil_mode,
@@ -91,7 +96,8 @@ class ReLUPool2d(nn.Module):
         self.window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        return relu_pool2d(input, **self.window.options())
+        node = as_leaf(self, input)
+        return relu_pool2d(input, **self.window.options()) if node is None else node
 
     def extra_repr(self) -> str:
         return str(self.window)

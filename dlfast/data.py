@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dlfast.errors import UsageError, one_line
+from dlfast.folder import LeftOut, find
 
 Size = tuple[int, int]  # height, width
 Batch = tuple[Tensor, Tensor]  # float32 [B, C, H, W], int64 [B]
@@ -105,14 +106,32 @@ class ImageFiles(Dataset[Batch]):
 
 
 def read_image(path: str, channels: int) -> Tensor:
-    """The image at `path`, (1 or `channels`, H, W): uint8, or float32 in [0, 1] for a file of 16 bits."""
+    """The image at `path` as viewers show it: upright as its EXIF says, transparent parts over white.
+
+    Returns:
+        (1 or `channels`, H, W), uint8; float32 in [0, 1] for a grey file of 16 bits.
+
+    Raises:
+        ValueError: the range of its pixels is unknown. Pillow's decoders raise more.
+    """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
 
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8 instead of scaling them
-            return torch.from_numpy(np.asarray(image, dtype=np.float32) / 65535)[None]
+    with Image.open(path) as file:
+        image: Any = ImageOps.exif_transpose(file)
+        # Pillow would clip these to 8 bits instead of scaling them.
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):
+            pixels = np.asarray(image, dtype=np.float32) / 65535
+            if pixels.min() < 0 or pixels.max() > 1:
+                raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16 bits")
+            return torch.from_numpy(pixels)[None]
+        # Nothing but an image's alpha may tell its shape from its background.
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         tensor: Tensor = pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
         return tensor
 
@@ -137,6 +156,7 @@ class Data:
     """What a source yields.
 
     `test_name` is the split that plays the test's part, and `fingerprint` is a digest of the content.
+    `left_out` are the paths in a folder that were passed over, by reason; `dlfast.folder.told` makes a line.
     """
 
     train: Dataset[Batch]
@@ -145,6 +165,7 @@ class Data:
     classes: tuple[str, ...]
     fingerprint: str
     test_name: str = "test"
+    left_out: LeftOut = field(default_factory=dict)
 
 
 def load(source: str, channels: int, size: Size, data_dir: Path | None = None, seed: int = 0) -> Data:
@@ -293,12 +314,7 @@ def _torchvision(dataset: Callable[..., Any], root: Path, folder: Path, names: I
             dataset(root, train=True, download=True)
         # torchvision, urllib and sockets fail in many ways; a full disk is not the network's fault.
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EACCES,
-                errno.EROFS,
-            ):
+            if isinstance(error, OSError) and error.errno in NOT_THE_NETWORK:
                 raise
             raise UsageError(f"{folder}: no {absent[0]}, and it cannot be downloaded ({one_line(error)})") from error
     try:
@@ -333,17 +349,9 @@ def _folder(data_dir: Path, form: Form, seed: int) -> Data:
     Where there is no ``val``, a tenth of the images becomes val; and where there is no ``test`` either,
     another tenth becomes test. With ``val`` but no ``test``, val is what the run is tested on.
     """
-    if not data_dir.is_dir():
-        raise UsageError(f"{data_dir}: no such folder")
-    present = {name for name in ("train", "val", "test") if (data_dir / name).is_dir()}
-    if present and "train" not in present:
-        raise UsageError(f"{data_dir}: has {' and '.join(sorted(present))} but no train folder")
-    train, classes = _class_folders(data_dir / "train" if present else data_dir)
-    others = {name: _class_folders(data_dir / name) for name in sorted(present - {"train"})}
-    for name, (_, found) in others.items():
-        if found != classes:
-            raise UsageError(f"{data_dir / name}: its classes {found} are not those of train, {classes}")
-    parts = {name: samples for name, (samples, _) in others.items()}
+    found = find(data_dir)
+    train = found.parts["train"]
+    parts = {name: samples for name, samples in found.parts.items() if name != "train"}
 
     if "val" not in parts:
         wanted = ["val"] if "test" in parts else ["val", "test"]
@@ -364,23 +372,11 @@ def _folder(data_dir: Path, form: Form, seed: int) -> Data:
         ImageFiles(train, form),
         ImageFiles(parts["val"], form),
         ImageFiles(parts[test_name], form),
-        tuple(classes),
+        tuple(found.classes),
         digest.hexdigest(),
         test_name,
+        found.left_out,
     )
-
-
-def _class_folders(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """(path, label) of each image below `folder`, and the names of its classes."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folders, or one without images
-        raise UsageError(f"{folder}: {one_line(error)}") from error
-    if len(found.classes) < 2:
-        raise UsageError(f"{folder}: needs at least two class folders, found only {found.classes[0]!r}")
-    return found.samples, found.classes
 
 
 def _fingerprint(*tensors: Tensor) -> str:

@@ -51,8 +51,7 @@ class Network:
     """The layers of a network, and the settings of its article."""
 
     stages: tuple[Stage, ...]
-    hidden: tuple[int, ...]  # widths of the fully connected layers before the last
-    hidden_relu: bool
+    hidden: tuple[int, ...]  # widths of the fully connected layers before the last, each with ReLU
     log_softmax: bool  # ends in log-probabilities, so its loss is NLL instead of cross entropy
     in_channels: int
     input_size: int
@@ -66,27 +65,27 @@ class Network:
 NETWORKS: dict[str, Network] = {
     "twoconv": Network(
         stages=(Stage(64, 3, padding=1, pool=False), Stage(64, 3, padding=1, pool=False)),
-        hidden=(256,), hidden_relu=False, log_softmax=False, in_channels=3, input_size=32,
+        hidden=(256,), log_softmax=False, in_channels=3, input_size=32,
         data="cifar10", optimizer="sgd", lr=0.01, batch_size=64,
     ),
     "convpool": Network(
         stages=(Stage(32, 3, padding=1, relu=False), Stage(64, 3, padding=1, relu=False)),
-        hidden=(), hidden_relu=False, log_softmax=False, in_channels=1, input_size=289,
+        hidden=(), log_softmax=False, in_channels=1, input_size=289,
         data="folder", optimizer="sgd", lr=0.01, batch_size=64,
     ),
     "mnistnet": Network(
         stages=(Stage(32, 3, padding=1), Stage(64, 3, padding=1)),
-        hidden=(128,), hidden_relu=True, log_softmax=False, in_channels=1, input_size=28,
+        hidden=(128,), log_softmax=False, in_channels=1, input_size=28,
         data="mnist", optimizer="adam", lr=1e-3, batch_size=64,
     ),
     "stacked": Network(
         stages=(Stage(32, 3, pool=False), Stage(64, 3)),
-        hidden=(128,), hidden_relu=True, log_softmax=True, in_channels=1, input_size=28,
+        hidden=(128,), log_softmax=True, in_channels=1, input_size=28,
         data="mnist", optimizer="adam", lr=1e-3, batch_size=64,
     ),
     "lenet": Network(
         stages=(Stage(6, 5), Stage(16, 5)),
-        hidden=(120, 84), hidden_relu=True, log_softmax=False, in_channels=3, input_size=32,
+        hidden=(120, 84), log_softmax=False, in_channels=3, input_size=32,
         data="cifar10", optimizer="sgd", lr=0.001, batch_size=4, momentum=0.9,
     ),
 }  # fmt: skip
@@ -153,7 +152,7 @@ class ConvNet(nn.Module):
         x = x.flatten(1)  # [N, channels * H * W]
         for name in self.fcs:
             x = self.get_submodule(name)(x)  # [N, width]
-            if self.network.hidden_relu and name != self.fcs[-1]:
+            if name != self.fcs[-1]:
                 x = F.relu(x)
         return F.log_softmax(x, dim=1) if self.network.log_softmax else x
 
@@ -209,7 +208,7 @@ def build(
 
 
 def twoconv(num_classes: int = 10, in_channels: int = 3, input_size: Size2 = 32, fused: bool = True) -> ConvNet:
-    """Two 3x3 convolutions of 64 channels with ReLU, no pooling, then 256 and `num_classes` features.
+    """Two 3x3 convolutions of 64 channels with ReLU, no pooling, then 256 features with ReLU and `num_classes`.
 
     >>> import torch
     >>> twoconv(input_size=8)(torch.randn(2, 3, 8, 8)).shape
@@ -229,7 +228,7 @@ def convpool(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28
 
 
 def mnistnet(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28, fused: bool = True) -> ConvNet:
-    """Two 3x3 convolutions, each with ReLU and max pooling, then 128 and `num_classes` features.
+    """Two 3x3 convolutions, each with ReLU and max pooling, then 128 features with ReLU and `num_classes`.
 
     >>> import torch
     >>> mnistnet()(torch.randn(2, 1, 28, 28)).shape
@@ -239,7 +238,7 @@ def mnistnet(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28
 
 
 def stacked(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28, fused: bool = True) -> ConvNet:
-    """Two unpadded 3x3 convolutions with ReLU, one max pooling, then 128 features and log-probabilities.
+    """Two unpadded 3x3 convolutions with ReLU, one max pooling, then 128 features with ReLU and log-probabilities.
 
     >>> import torch
     >>> stacked()(torch.randn(1, 1, 28, 28)).exp().sum().allclose(torch.tensor(1.0))
@@ -249,7 +248,7 @@ def stacked(num_classes: int = 10, in_channels: int = 1, input_size: Size2 = 28,
 
 
 def lenet(num_classes: int = 10, in_channels: int = 3, input_size: Size2 = 32, fused: bool = True) -> ConvNet:
-    """Two 5x5 convolutions of 6 and 16 channels, each with ReLU and max pooling, then 120, 84, `num_classes`.
+    """Two 5x5 convolutions of 6 and 16 channels with ReLU and max pooling, then 120, 84 (ReLU), `num_classes`.
 
     >>> lenet(input_size=11)
     Traceback (most recent call last):

@@ -28,6 +28,12 @@ BACKENDS = ("fused", "torch")
 DEFAULT_LR = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3}
 # With the same values of all others a run gives the same result; these only say how far, where and how.
 MAY_CHANGE = ("epochs", "workers", "device", "data_dir")
+REVISION = 2
+# What a setting stood for before a revision; a run from then would go on as something else.
+EARLIER = (
+    (2, "network", "twoconv", "had no ReLU between its linear layers"),
+    (2, "data", "folder", "ignored the EXIF orientation and transparency of images"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Settings:
     backend: str
     seed: int
     workers: int
+    revision: int = 1  # of what the other settings mean; runs from before it was recorded are of the first
 
     def to_json(self) -> bytes:
         return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
@@ -123,6 +130,7 @@ def new_settings(config: TrainConfig) -> Settings:
         "backend": "fused",
         "seed": 0,
         "workers": 0,
+        "revision": REVISION,
     }
     settings = Settings(**{"network": config.network, "data_dir": None, **defaults, **_given(config)})
     _check(settings)
@@ -133,8 +141,14 @@ def resumed_settings(config: TrainConfig, saved: Settings) -> Settings:
     """`saved`, with those options of `config` that may change.
 
     Raises:
-        UsageError: an option that decides the result was given with another value.
+        UsageError: an option that decides the result was given with another value, or means something else now.
     """
+    for revision, name, value, difference in EARLIER:
+        if saved.revision < revision and getattr(saved, name) == value:
+            raise UsageError(
+                f"--resume: the run in {config.out} is of an earlier version, in which {value} {difference}; "
+                f"start a new run with another --out"
+            )
     given = _given(config)
     for name, value in given.items():
         before = getattr(saved, name)
@@ -154,7 +168,7 @@ def resumed_settings(config: TrainConfig, saved: Settings) -> Settings:
 
 
 def _given(config: TrainConfig) -> dict[str, Any]:
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings) if f.name != "revision"}
     if config.data_dir is not None:
         # Absolute, so that a run can be resumed from another folder.
         values["data_dir"] = str(config.data_dir.absolute())
@@ -209,6 +223,8 @@ def _check(settings: Settings) -> None:
         if getattr(settings, name) < least:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} must be at least {least}, got {getattr(settings, name)}")
+    if not 1 <= settings.revision <= REVISION:
+        raise UsageError(f"revision must be 1 to {REVISION} in this version, got {settings.revision}")
     if settings.seed >= 2**32:
         raise UsageError(f"--seed must be below 2**32, got {settings.seed}")
     if not (settings.lr > 0 and math.isfinite(settings.lr)):

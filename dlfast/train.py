@@ -32,6 +32,7 @@ from dlfast import data as datasets
 from dlfast._native import native
 from dlfast.errors import UsageError, one_line
 from dlfast.files import write_whole
+from dlfast.folder import told
 from dlfast.models import NETWORKS, ConvNet, build
 from dlfast.settings import (
     BACKENDS,
@@ -228,9 +229,10 @@ def _say_nothing(_: object) -> None:
 def _checked(checkpoint: dict[str, Any], training: Any, path: Path) -> dict[str, Any]:
     """`checkpoint`, if it belongs to this run."""
     ours = checkpoint["dlfast"]
+    recorded = {"revision": Settings.revision} | ours["settings"]
     for name, value in dataclasses.asdict(training.settings).items():
-        if name not in MAY_CHANGE and ours["settings"].get(name) != value:
-            raise UsageError(f"{path}: is of another run ({name} {ours['settings'].get(name)}, not {value})")
+        if name not in MAY_CHANGE and recorded.get(name) != value:
+            raise UsageError(f"{path}: is of another run ({name} {recorded.get(name)}, not {value})")
     if ours["fingerprint"] != training.fingerprint:
         raise UsageError(f"{path}: was made from other images than those in --data {training.settings.data} now")
     return checkpoint
@@ -247,6 +249,8 @@ def _describe(say: Callable[[str], object], s: Settings, data: datasets.Data, de
         f"{len(data.classes)} classes; {s.optimizer} lr {s.lr:g}{momentum}, batch size {s.batch_size}, "
         f"backend {backend}, {device}, seed {s.seed}"
     )
+    if data.left_out:
+        say(f"left out: {told(data.left_out)}")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dlfast.data import SOURCES, Form, SeededShuffle, Unreadable, batches, load, split, to_input
+from dlfast.data import SOURCES, Form, SeededShuffle, Unreadable, batches, load, read_image, split, to_input
 from dlfast.errors import UsageError
 
 
@@ -290,6 +290,80 @@ def test_pixels_of_files_arrive_unchanged(tmp_path):
             torch.testing.assert_close(image, expected)
 
 
+def saved(path, pixels, mode=None, **options):
+    Image.fromarray(pixels, mode).save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_arrive_upright(tmp_path, orientation):
+    """As every viewer shows them; the camera turns a portrait by its EXIF orientation alone."""
+    stored = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    turned = {
+        1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.T,
+        6: stored.T[:, ::-1], 7: stored.T[::-1, ::-1], 8: stored.T[::-1],
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "photo.png", stored, exif=exif)
+    assert read_image(path, 1)[0].tolist() == turned[orientation].tolist()
+    assert read_image(path, 3)[2].tolist() == turned[orientation].tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_parts_are_white(tmp_path, channels):
+    """A black drawing on a transparent ground is black everywhere but for its alpha."""
+    drawing = np.zeros((2, 2, 4), dtype=np.uint8)
+    drawing[0, :, 3] = 255, 51
+    for name, image in (
+        ("rgba.png", Image.fromarray(drawing)),
+        ("la.png", Image.fromarray(drawing).convert("LA")),
+        ("lossless.webp", Image.fromarray(drawing)),
+    ):
+        image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        expected = [[[0, 204], [255, 255]]] * channels
+        assert read_image(str(tmp_path / name), channels).tolist() == expected, name
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
+def test_transparent_colours_of_a_palette_are_white(tmp_path, transparency, recwarn):
+    image = Image.frombytes("P", (2, 1), bytes([0, 1]))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "palette.png", transparency=transparency)
+    assert read_image(str(tmp_path / "palette.png"), 3).flatten(1).T.tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opaque_alpha_changes_no_pixel(tmp_path, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4)).astype(np.uint8)
+    pixels[..., 3] = 255
+    with_alpha = saved(tmp_path / "with.png", pixels)
+    without = saved(tmp_path / "without.png", np.ascontiguousarray(pixels[..., :3]))
+    assert torch.equal(read_image(with_alpha, channels), read_image(without, channels))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inks_of_print_and_single_bits_become_colours(tmp_path, channels):
+    inks = np.zeros((1, 2, 4), dtype=np.uint8)
+    inks[0, 0, 3] = 255  # black ink, then none
+    assert read_image(saved(tmp_path / "cmyk.tif", inks, "CMYK"), channels).tolist() == [[[0, 255]]] * channels
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "bit.png")
+    assert read_image(str(tmp_path / "bit.png"), channels).tolist() == [[[0, 255]]] * channels
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    """Pillow's conversion would make floats in [0, 1] black."""
+    numbers = np.full((4, 4), 0.5, dtype=np.float32)
+    with pytest.raises(ValueError, match="floating-point pixels have no known range"):
+        read_image(saved(tmp_path / "float.tif", numbers), 1)
+    for value in (70000, -1):
+        with pytest.raises(ValueError, match="32 bits have no known range"):
+            read_image(saved(tmp_path / "int.tif", np.full((4, 4), value, dtype=np.int32)), 1)
+    full = np.full((4, 4), 65535, dtype=np.int32)
+    assert read_image(saved(tmp_path / "int.tif", full), 1).unique().tolist() == [1.0]
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
 def test_unreadable_image_is_named(tmp_path, content):
     write_images(tmp_path, 5)
@@ -328,12 +402,12 @@ def empty_class(folder):
     ("make", "message"),
     [
         (lambda folder: folder.rmdir(), "no such folder"),
-        (lambda folder: None, "find any class"),
+        (lambda folder: None, "no class folders in it"),
         (only_val, "has val but no train folder"),
         (other_classes, r"val: its classes \['cat', 'cow'\] are not those of train"),
         (one_class, "at least two class folders"),
         (few, "too few images"),
-        (empty_class, "no valid file for the classes eel"),
+        (empty_class, "no images .* of the classes eel"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path, make, message):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from program import ROOT, assert_same_run, history, python, rows, small
 
 from dlfast import files
@@ -288,6 +289,76 @@ def test_other_images_than_before(whole, tmp_path, monkeypatch):
     monkeypatch.setattr("dlfast.data._fingerprint", lambda *tensors: "another")
     with pytest.raises(UsageError, match="made from other images"):
         fit(small(copy_run(whole[0], tmp_path / "out"), resume=True))
+
+
+def unrevised(out):
+    """The run as a version left it that recorded no revision."""
+    values = json.loads((out / "config.json").read_text())
+    del values["revision"]
+    (out / "config.json").write_text(json.dumps(values))
+    for name in ("last.ckpt", "best.ckpt"):
+        checkpoint = torch.load(out / name, weights_only=True)
+        del checkpoint["dlfast"]["settings"]["revision"]
+        torch.save(checkpoint, out / name)
+    return out
+
+
+def test_runs_of_before_that_mean_the_same_go_on(whole, tmp_path):
+    out = tmp_path / "out"
+    fit(small(out, epochs=1))
+    fit(small(unrevised(out), epochs=3, resume=True))
+    assert_same_run(out, whole[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": "twoconv"}, "in which twoconv had no ReLU between its linear layers; start a new run"),
+        ({"data": "folder", "data_dir": "photos"}, "in which folder ignored the EXIF orientation and transparency"),
+    ],
+)
+def test_runs_of_before_that_meant_something_else_are_refused(whole, tmp_path, options, message):
+    out = unrevised(copy_run(whole[0], tmp_path / "out"))
+    values = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(values | options))
+    network = options.get("network", "mnistnet")
+    with pytest.raises(UsageError, match=f"the run in {out} is of an earlier version, {message}"):
+        fit(small(out, network=network, resume=True))
+
+
+def test_runs_of_later_versions_are_refused(whole, tmp_path):
+    out = copy_run(whole[0], tmp_path / "out")
+    values = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(values | {"revision": values["revision"] + 1}))
+    with pytest.raises(UsageError, match=r"config.json: not the settings of a run \(revision must be 1 to"):
+        fit(small(out, resume=True))
+
+
+def rename(folder):
+    (folder / "dark").rename(folder / "zebra")  # now the other class comes first
+
+
+def add_class(folder):
+    (folder / "grey").mkdir()
+    Image.new("L", (8, 8), 128).save(folder / "grey" / "0.png")
+
+
+def add_image(folder):
+    Image.new("L", (8, 8), 30).save(folder / "dark" / "new.png")
+
+
+@pytest.mark.parametrize("change", [rename, add_class, add_image])
+def test_other_files_than_before(tmp_path, change):
+    for name, value in (("dark", 20), ("light", 200)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(10):
+            Image.new("L", (8, 8), value + index).save(tmp_path / "photos" / name / f"{index}.png")
+    options = {"data": "folder", "data_dir": tmp_path / "photos"}
+    fit(small(tmp_path / "out", epochs=1, **options))
+    fit(small(tmp_path / "out", epochs=2, resume=True, **options))
+    change(tmp_path / "photos")
+    with pytest.raises(UsageError, match="made from other images"):
+        fit(small(tmp_path / "out", epochs=3, resume=True, **options))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"network": 3}'])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from dlfast import fake, reference
+from dlfast import fake, flops, reference
 from dlfast._native import native, runs_on
 from dlfast.modes import is_transformed
 
@@ -17,6 +17,7 @@ Size2 = int | Sequence[int]
 
 if native.module is not None:
     fake.register()
+    flops.register()
 
 
 def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], list[int] | None]:

@@ -153,6 +153,9 @@ def share(model: M) -> M:
     """A copy of `model` that has the very same parameters and buffers."""
     same: dict[int, Tensor] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     same.update({id(t.grad): t.grad for t in model.parameters() if t.grad is not None})
+    # What a hook computes before each call (pruning), which cannot be copied, nor need be.
+    computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    same.update({id(t): t for t in computed if not t.is_leaf})
     return copy.deepcopy(model, dict(same))
 
 

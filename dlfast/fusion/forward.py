@@ -151,7 +151,18 @@ class FusedForward:
         code: CodeType = type(self._own()).forward.__code__
         return code
 
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """What torch.jit.script asks for first.
+
+        Raises:
+            AttributeError: always, with what to do instead.
+        """
+        raise AttributeError("torch.jit.script cannot compile a fused model: script dlfast.unfuse(model)")
+
     def __getstate__(self) -> dict[str, Any]:
+        for link in (link for run in self._runs.values() for link in run.links):
+            link.forget_unless_found(self._own())
         state = {name: value for name, value in self.__dict__.items() if name not in ("_code", "_pooled_code")}
         return {**state, "_module": self._own()}
 

@@ -6,6 +6,8 @@ may do to them what one does to layers. So each call looks at them first.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -33,14 +35,24 @@ NOTHING: dict[str, Any] = {}
 
 
 class Link:
-    """A layer of a fused chain, found by its path from the module that calls it."""
+    """A layer of a fused chain, found by its path from the module that calls it.
+
+    It is held weakly: a layer that somebody has replaced is gone, and not copied with the model.
+    """
 
     def __init__(self, path: str, layer: nn.Module) -> None:
         self.path = tuple(path.split("."))
-        self.layer = layer
+        self._layer: Callable[[], nn.Module | None] = weakref.ref(layer)
         self.kind = type(layer)
         self.options = {name: getattr(layer, name) for name in OPTIONS[self.kind]}
         self._seen: dict[str, Any] | None = None
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer, which must be there: `holds` tells."""
+        layer = self._layer()
+        assert layer is not None
+        return layer
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the layer is what it was; costs about a microsecond.
@@ -48,8 +60,8 @@ class Link:
         What `change` has looked at is kept with the attributes that it has seen, which one comparison finds again:
         most of them are the same objects, those of the hooks must be empty.
         """
-        layer = self.layer
-        if type(layer) is not self.kind or self._found(module) is not layer:
+        layer = self._layer()
+        if layer is None or type(layer) is not self.kind or self._found(module) is not layer:
             return False
         try:
             if layer.__dict__ == self._seen:
@@ -65,7 +77,7 @@ class Link:
         """What has changed since the model was fused; empty where nothing has that matters."""
         where = ".".join(self.path)
         found = self._found(module)
-        if found is not self.layer:
+        if found is None or found is not self._layer():
             return f"{where} is another layer now ({'none' if found is None else type(found).__name__})"
         if type(self.layer) is not self.kind:
             return f"{where} is a {type(self.layer).__name__} now"
@@ -85,5 +97,19 @@ class Link:
             found = None if found is None else found._modules.get(name)
         return found
 
+    def forget_unless_found(self, module: nn.Module) -> None:
+        """Before a copy is made, which must not hold what is no longer a part of `module`."""
+        if self._found(module) is not self._layer():
+            self._layer = _gone
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
+        return {**self.__dict__, "_seen": None, "_layer": self._layer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        layer = state["_layer"]
+        self._layer = _gone if layer is None else weakref.ref(layer)
+
+
+def _gone() -> None:
+    """A weak reference to nothing, that can be copied."""

@@ -100,7 +100,7 @@ class ChainRun(Run):
     ) -> None:
         self.conv, self.bn = conv, bn
         self.window, self.adaptive = window, adaptive
-        self.dropouts = [link.layer for link in others if isinstance(link.layer, nn.Dropout2d)]
+        self._dropouts = [link for link in others if link.kind is nn.Dropout2d]
         self.fold = Fold()
         self._after = dict(after)
         super().__init__(name, [link for link in (conv, bn, *others) if link is not None], plain)
@@ -110,20 +110,20 @@ class ChainRun(Run):
         self._run_after = self._codes(self._after)
 
     def __call__(self, module: nn.Module, input: Any) -> Any:
-        if not self.takes(input) or not self.holds(module):
+        if not self.holds(module) or not self._takes(input):
             return self.plainly(module, input)
         output = self._fused(input)
         after = self._run_after.get(bool(module.training))
         return output if after is None else after(module, output)
 
-    def takes(self, input: Any) -> bool:
+    def _takes(self, input: Any) -> bool:
         """Whether the operator means the same for this input; what it does not take PyTorch computes, or refuses."""
         if type(input) is not Tensor and type(input) is not nn.Parameter:
             return False
         if input.dim() != 4 and (input.dim() != 3 or self.bn is not None):
             return False
         # Without a batch Dropout2d zeroes rows: not the same before a maximum and after it.
-        if self.dropouts and input.dim() == 3 and any(layer.training for layer in self.dropouts):
+        if self._dropouts and input.dim() == 3 and any(link.layer.training for link in self._dropouts):
             return False
         if self.conv is not None and type(self.conv.layer.weight) not in (nn.Parameter, Tensor):
             return False

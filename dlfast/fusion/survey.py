@@ -68,10 +68,10 @@ def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
         chain.why_not = _why_not(chain)
     for chain in found.fused:
         chain.why_not = weigh(chain, shapes)
-        if chain.why_not and (tail := chain.tail) is not None:  # perhaps without the pooling
-            chain.tail = None
+        if chain.why_not and chain.tail is not None:  # perhaps without the pooling
+            pooling, chain.tail = chain.tail, None
             if _why_not(chain) or weigh(chain, shapes):
-                chain.tail = tail
+                chain.tail = pooling
             else:
                 chain.why_not = ""
     return found

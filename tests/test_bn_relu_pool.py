@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import cases
 import pytest
 import torch
@@ -12,9 +10,7 @@ from torch import nn
 
 import dlfast
 from dlfast import reference
-from dlfast._native import native
 from dlfast.nn import batch_norm_relu_pool2d
-from dlfast.nn.folding import Folded
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(2, 3, 9, 11), (4, 17, 8, 8), (3, 33, 7, 6), (1, 8, 40, 5), (2, 1, 5, 67)]
@@ -242,114 +238,6 @@ def test_layer_trains_and_evaluates_as_its_parts(pool, options, momentum):
         torch.testing.assert_close(layer.weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-3)
         for (name, have), want in zip(layer.state_dict().items(), plain.state_dict().values(), strict=True):
             torch.testing.assert_close(have, want, msg=name)
-
-
-@needs_native
-def test_folding_follows_every_change():
-    torch.manual_seed(0)
-    layer = dlfast.nn.ConvBNReLUPool2d(3, 8, 3, pool=None, activation=None)
-    layer(torch.randn(4, 3, 10, 10))
-    layer.eval()
-    x = torch.randn(2, 3, 10, 10)
-
-    def agrees():
-        with torch.no_grad():
-            z = nn.functional.conv2d(x, layer.weight, layer.bias)
-            want = nn.functional.batch_norm(
-                z, layer.bn.running_mean, layer.bn.running_var, layer.bn.weight, layer.bn.bias, eps=layer.bn.eps
-            )
-            torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
-
-    agrees()
-    kept = layer.__dict__["_folded"]
-    agrees()
-    assert layer.__dict__["_folded"] is kept  # not folded again
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    agrees()
-    layer.weight.data.add_(0.5)  # counts no version
-    agrees()
-    layer.bn.running_mean.add_(1)
-    agrees()
-    layer.bn.weight.data.mul_(-1)
-    agrees()
-    layer.bn.eps = 0.1
-    agrees()
-    layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()})
-    agrees()
-    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
-    agrees()
-    layer.double()
-    x = x.double()
-    agrees()
-
-
-def test_folding_leaves_gradients_alone():
-    layer = dlfast.nn.ConvBNReLUPool2d(3, 8, 3).eval()
-    layer(torch.randn(2, 3, 10, 10)).sum().backward()
-    assert layer.bn.weight.grad is not None
-    assert layer.weight.grad is not None
-    layer.requires_grad_(False)
-    x = torch.randn(2, 3, 10, 10, requires_grad=True)
-    with torch.inference_mode():
-        layer(x)
-    layer(x).sum().backward()  # what inference mode folded must not stand in the way
-    assert x.grad is not None
-
-
-def test_a_child_made_to_synchronise_is_refused_in_training():
-    """The pass would normalise with the statistics of one process, without a word."""
-    layer = nn.SyncBatchNorm.convert_sync_batchnorm(dlfast.nn.ConvBNReLUPool2d(3, 4, 1))
-    with pytest.raises(RuntimeError, match="SyncBatchNorm"):
-        layer(torch.randn(2, 3, 4, 4))
-    assert layer.eval()(torch.randn(2, 3, 4, 4)).shape == (2, 4, 2, 2)
-
-
-@needs_native
-@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (48, 1, 5, 5), (8, 3, 1, 1)])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_state_of_a_weight_sees_every_tap(shape, memory_format):
-    weight = nn.Parameter(torch.randn(shape).contiguous(memory_format=memory_format))
-    state = native.module.tensors_state([weight])
-    before = weight.detach().clone()
-    for tap in range(shape[2] * shape[3]):
-        weight.data[:, :, tap // shape[3], tap % shape[3]] += 1  # counts no version
-        assert native.module.tensors_state([weight]) != state
-        weight.data.copy_(before)
-        assert native.module.tensors_state([weight]) == state
-
-
-@needs_native
-def test_the_state_of_tensors_sees_every_number_of_small_ones():
-    state = native.module.tensors_state
-    vector, gaps = torch.randn(1000), torch.randn(4, 3, 4, 4)[:, :, ::2, ::2]
-    for tensor in (vector, vector.double(), vector.bfloat16(), gaps):
-        before = state([vector, tensor])
-        for place in range(tensor.numel()):
-            old = tensor.flatten()[place].clone()
-            index = torch.unravel_index(torch.tensor(place), tensor.shape)
-            tensor.data[index] = math.nan
-            assert state([vector, tensor]) != before
-            tensor.data[index] = old
-        assert state([vector, tensor]) == before
-    assert state([vector]) != state([vector.clone()])
-    assert state([gaps]) != state([gaps.transpose(2, 3)])
-    vector.add_(0)
-    assert state([vector, vector.bfloat16()]) != before
-
-
-@needs_native
-def test_elsewhere_than_on_the_cpu_no_values_are_looked_at():
-    """They would be waited for; the meta device, which has none, stands for those."""
-    layer = dlfast.nn.ConvBNReLUPool2d(3, 8, 3).eval().to("meta")
-    with torch.no_grad():
-        first = Folded.of(layer, layer.bn)
-        assert Folded.of(layer, layer.bn)[0] is first[0]
-        layer.bn.running_mean.add_(1)
-        second = Folded.of(layer, layer.bn)
-        assert second[0] is not first[0]
-        layer.eval()  # after a change through .data
-        assert Folded.of(layer, layer.bn)[0] is not second[0]
 
 
 @pytest.mark.parametrize("training", [True, False])

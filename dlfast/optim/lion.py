@@ -55,6 +55,7 @@ class Lion(FusedStep):
     _required = ("exp_avg",)
     _own_options = ("lr", "betas", "weight_decay")
     _foreign_options = ("eps",)
+    _number_names = ("lr", "betas[0]", "betas[1]", "weight_decay", "maximize")
 
     def __init__(
         self,

@@ -18,25 +18,22 @@ class DLFAST_HIDDEN Layouts {
  public:
   TensorRef ref(const Item& item) {
     TensorRef ref = item.ref;
-    at::Tensor param = *item.param;
     if (!item.in_order) {
       // A parameter with gaps is stood in for by a contiguous copy, whose order the others then follow.
-      if (!param.is_non_overlapping_and_dense()) {
-        param = at::empty_like(param, at::MemoryFormat::Contiguous);
-      }
+      const bool has_gaps = !item.param->is_non_overlapping_and_dense();
+      const at::Tensor param =
+          has_gaps ? at::empty_like(*item.param, at::MemoryFormat::Contiguous) : *item.param;
       ref.param = written(*item.param, param);
       for (int k = 0; k < kMaxStates; ++k) {
         if (item.state[k].defined()) ref.state[k] = written(*item.state[k], param);
       }
       if (item.average.defined()) ref.average = written(*item.average, param);
       if (item.master.defined()) ref.master = written(*item.master, param);
-    }
-    if (same_order(item.grad, param)) {
-      // Only zeroing writes it.
-      ref.grad = const_cast<void*>(item.grad.const_data_ptr());
+      ref.grad = read(item.grad, param);
     } else {
-      held_.push_back(at::empty_like(param).copy_(item.grad));
-      ref.grad = held_.back().mutable_data_ptr();
+      // Not copied: a second reference of C++ to a tensor has PyTorch take the GIL, to keep its Python
+      // object.
+      ref.grad = read(item.grad, *item.param);
     }
     return ref;
   }
@@ -46,6 +43,13 @@ class DLFAST_HIDDEN Layouts {
   }
 
  private:
+  // Only zeroing writes it.
+  void* read(const at::Tensor& grad, const at::Tensor& param) {
+    if (same_order(grad, param)) return const_cast<void*>(grad.const_data_ptr());
+    held_.push_back(at::empty_like(param).copy_(grad));
+    return held_.back().mutable_data_ptr();
+  }
+
   void* written(const at::Tensor& tensor, const at::Tensor& param) {
     if (same_order(tensor, param)) return tensor.mutable_data_ptr();
     at::Tensor copy = at::empty_strided(param.sizes(), param.strides(), tensor.options()).copy_(tensor);

@@ -33,13 +33,20 @@ HeldTensor tensor_or_none(const py::handle& value) {
 bool unmoved(const Item& item) {
   const at::Tensor& param = *item.param;
   const TensorRef& ref = item.ref;
-  const auto is_like_param = [&](const HeldTensor& t, const void* data, at::ScalarType dtype) {
-    return !t.defined() ||
-           (t->const_data_ptr() == data && t->scalar_type() == dtype && t->sizes() == param.sizes());
-  };
   if (param.const_data_ptr() != ref.param || param.numel() != ref.numel || format_of(param) != ref.number) {
     return false;
   }
+  bool in_order = param.is_non_overlapping_and_dense();
+  const auto is_like_param = [&](const HeldTensor& t, const void* data, at::ScalarType dtype) {
+    if (!t.defined()) return true;
+    // With as many elements and dimensions, another shape has other strides.
+    if (t->const_data_ptr() != data || t->scalar_type() != dtype || t->numel() != ref.numel ||
+        t->dim() != param.dim()) {
+      return false;
+    }
+    in_order = in_order && same_order(*t, param);
+    return true;
+  };
   for (int k = 0; k < kMaxStates; ++k) {
     if (!is_like_param(item.state[k], ref.state[k], item.state_dtype[k])) return false;
     const HeldTensor& scale = item.scale[k];
@@ -51,7 +58,7 @@ bool unmoved(const Item& item) {
     if ((item.step->scalar_type() == at::kDouble) != ref.step_is_double) return false;
   }
   return is_like_param(item.average, ref.average, average_dtype(param)) &&
-         is_like_param(item.master, ref.master, master_dtype(param));
+         is_like_param(item.master, ref.master, master_dtype(param)) && in_order == item.in_order;
 }
 
 // Whether `grad` is what a fast step takes as it is.
@@ -182,9 +189,6 @@ bool Plan::take_gradients(const py::dict& states, const py::object& grads) {
       return false;
     }
     if (!unmoved(item)) return false;
-    bool in_order = param.is_non_overlapping_and_dense();
-    for_each_written(item, [&](const at::Tensor& t) { in_order = in_order && same_order(t, param); });
-    if (in_order != item.in_order) return false;
     if (item.entry.is_none()) continue;
     if (PyDict_GetItemWithError(states.ptr(), item.key.ptr()) != item.entry.ptr()) return false;
     for (const auto& [name, value] : item.watched) {

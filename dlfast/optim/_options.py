@@ -123,6 +123,8 @@ def extra_option(name: str) -> Any:
 
 # Options of groups that are true or false, whatever their type.
 FLAGS = ("nesterov", "centered", "decoupled_weight_decay", "maximize")
+# Types of numbers that need no closer look.
+PLAIN = frozenset((float, int, bool))
 # What may be set on an optimizer between steps; the others decide which states there are.
 CHANGEABLE = ("max_grad_norm", "max_grad_value", "ema_decay", "zero_grad_after_step")
 

@@ -15,7 +15,7 @@ from dlfast._native import native, runs_on
 from dlfast.optim import _formats
 from dlfast.optim._checkpoint import MASTERS, Checkpoint
 from dlfast.optim._members import HALVES, Member, compute_dtype, is_dtensor, local_of, sharded_over
-from dlfast.optim._options import FLAGS, check_engine, check_set, overlaps_itself
+from dlfast.optim._options import FLAGS, PLAIN, check_engine, check_set, overlaps_itself
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Other subclasses of Tensor have an arithmetic of their own, which plain PyTorch respects.
@@ -129,9 +129,10 @@ class Preparing(Checkpoint):
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
         """What schedulers and users have set since: any number that a step can use."""
-        unused = self._unused(group)
         for name, value in zip(self._number_names, self._numbers(group), strict=True):
-            if name not in FLAGS and name not in unused:
+            if type(value) in PLAIN and value == value:  # not NaN
+                continue
+            if name not in FLAGS and name not in self._unused(group):
                 check_set(name, value)
 
     def _plain(
@@ -301,13 +302,14 @@ class Preparing(Checkpoint):
                 self._make_state(entry, name, key, self._initial(group, name))
             m.watched += [n for n in (name, name + "_scale") if n in entry]
         if extras.master_weights:
-            name, dtype = MASTERS.get(key.dtype, (None, None))
-            for other in {"master_low", "master_param"} & entry.keys() - {name}:
+            master, dtype = MASTERS.get(key.dtype, (None, None))
+            for other in {"master_low", "master_param"} & entry.keys() - {master}:
                 del entry[other]  # of the dtype that the parameter had: what has been written to it since counts
-            if name is not None:
-                if name not in entry:
-                    entry[name] = torch.zeros_like(key, dtype=dtype) if name == "master_low" else key.detach().float()
-                m.watched.append(name)
+            if master is not None:
+                if master not in entry:
+                    low = master == "master_low"
+                    entry[master] = torch.zeros_like(key, dtype=dtype) if low else key.detach().float()
+                m.watched.append(master)
         if extras.ema_decay is not None:
             if "ema" not in entry:
                 entry["ema"] = key.detach().to(compute_dtype(key.dtype), copy=True)

@@ -21,7 +21,7 @@ from torch.optim import optimizer as optimizer_module
 from dlfast._native import native
 from dlfast.optim._device import Kept, OnDevice
 from dlfast.optim._members import PlainOptions, move_averages, plain_step, sharded_over, unscaled
-from dlfast.optim._options import FLAGS, Extras, extra_option
+from dlfast.optim._options import FLAGS, PLAIN, Extras, extra_option
 from dlfast.optim._prepare import Bucket, Made, Prepared
 from dlfast.optim._traced import register, traced_step
 from dlfast.optim._zero import refuse_clearing, shards
@@ -157,7 +157,9 @@ class FusedStep(OnDevice):
         Raises:
             RuntimeError: for a gradient that is sparse or of another shape or device than its parameter, and for
                 a parameter that overlaps itself in memory; nothing has been changed then.
-            ValueError: a hyper-parameter has become invalid; nothing has been changed then.
+            ValueError: a number that has been set in a group is NaN, or a beta without a bias correction; nothing
+                has been changed then.
+            TypeError: what has been set in a group is no number; nothing has been changed then.
         """
         if torch.compiler.is_dynamo_compiling() and self._traceable and not self._has_hooks():
             return traced_step(self, closure)
@@ -199,7 +201,7 @@ class FusedStep(OnDevice):
         scale: Tensor | None = values.get("grad_scale")
         found_inf: Tensor | None = values.get("found_inf")
         prepared = self._prepared.get(only)
-        if prepared is None or prepared.asked != self._asked() or self._norm_is_shared():
+        if prepared is None or prepared.asked != self._asked() or (self._shards is not None and self._norm_is_shared()):
             done = False
         elif (bucket := prepared.alone()) is not None and bucket.device.type == "cpu":
             done = self._run_alone(bucket, only, scale, found_inf)
@@ -389,6 +391,8 @@ class FusedStep(OnDevice):
 
     def _checked_numbers(self, index: int, group: dict[str, Any], numbers: tuple[Any, ...]) -> tuple[float, ...]:
         self._check_group(index, group)
+        if PLAIN.issuperset(map(type, numbers)):
+            return tuple(map(float, numbers))
         pairs = zip(self._number_names, numbers, strict=True)
         return tuple(float(bool(value) if name in FLAGS else value) for name, value in pairs)
 

@@ -35,7 +35,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         foreach: not supported; the step is always fused.
         maximize (bool): ascend instead.
         differentiable: not supported.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:

@@ -93,7 +93,8 @@ class Adam(_AdamStep, torch.optim.Adam):
         maximize (bool): ascend instead.
         capturable (bool): refused at a step of CPU parameters. CUDA steps are counted on the device anyway.
         differentiable: not supported.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         decoupled_weight_decay (bool): decay as :class:`AdamW` does.
         **extra: what the step does beside the update; see :class:`Extras`.
 

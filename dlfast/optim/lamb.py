@@ -34,7 +34,8 @@ class LAMB(FusedStep):
         eps (float or 1-element Tensor): :math:`\epsilon`.
         weight_decay (float or 1-element Tensor): :math:`\lambda`.
         maximize (bool): ascend instead.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:

@@ -30,7 +30,8 @@ class Lion(FusedStep):
         betas (pair of floats or 1-element Tensors): :math:`\beta_1, \beta_2`, each in [0, 1).
         weight_decay (float or 1-element Tensor): :math:`\lambda`, decoupled; three to ten times AdamW's.
         maximize (bool): ascend instead.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:

@@ -120,3 +120,9 @@ def forgive_signs(mine, theirs, lr, bound, at_most=2):
             assert ((a - b).abs()[flipped] < 4 * lr + 2 * bound * scale).all()
             a[flipped] = b[flipped]
     assert flips <= at_most
+
+
+def ran_natively(opt):
+    """Whether the last step was native, and of all parameters that have a gradient."""
+    prepared = opt._prepared.get(None)
+    return prepared is not None and bool(prepared.buckets) and not prepared.plain

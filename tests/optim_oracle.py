@@ -16,7 +16,7 @@ class Lion(torch.optim.Optimizer):
                 grad = p.grad.neg() if group["maximize"] else p.grad
                 average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(torch.lerp(grad, average, beta1).sign(), alpha=group["lr"])
+                p.sub_(torch.lerp(grad, average, beta1).sign(), alpha=float(group["lr"]))
                 average.lerp_(grad, 1 - beta2)
 
 

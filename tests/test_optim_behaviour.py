@@ -317,6 +317,8 @@ def test_option_that_turns_nan_is_refused_before_anything_changes(name, option):
     opt = getattr(dlfast.optim, name)([{"params": [p]}, {"params": [q]}])
     if option not in opt.param_groups[1]:
         pytest.skip("has no such option")
+    if (name, option) == ("RMSprop", "momentum"):
+        pytest.skip("is none in torch.optim either, which steps without it: see test_optim_set_later.py")
     opt.step()
     before = p.detach().clone(), q.detach().clone()
     opt.param_groups[1][option] = (0.9, float("nan")) if option == "betas" else float("nan")

@@ -67,7 +67,7 @@ constexpr const char* kStateNames[kMaxStates] = {"states0", "states1", "states2"
 }  // namespace
 
 void check_item(const Item& item, size_t i, const at::Tensor& first) {
-  const at::Tensor& param = item.param;
+  const at::Tensor& param = *item.param;
   TORCH_CHECK(param.layout() == at::kStrided, name_of("params", i), " is sparse (layout ", param.layout(),
               "); only strided tensors are supported");
   const auto dtype = param.scalar_type();
@@ -80,8 +80,8 @@ void check_item(const Item& item, size_t i, const at::Tensor& first) {
               param.strides(), " overlaps itself in memory (expanded?); clone it first");
   const bool wide = dtype == at::kDouble;
   for (int k = 0; k < kMaxStates; ++k) {
-    const at::Tensor& state = item.state[k];
-    if (!state.defined()) continue;
+    if (!item.state[k].defined()) continue;
+    const at::Tensor& state = *item.state[k];
     const bool coded = item.scale[k].defined();
     const auto stored = state.scalar_type();
     const bool float_state = stored == at::kFloat || stored == at::kBFloat16 || stored == dtype;
@@ -90,7 +90,7 @@ void check_item(const Item& item, size_t i, const at::Tensor& first) {
                 " does not take");
     check_like_param(state, param, stored, kStateNames[k], i);
     if (!coded) continue;
-    const at::Tensor& scale = item.scale[k];
+    const at::Tensor& scale = *item.scale[k];
     TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.is_contiguous() &&
                     scale.numel() == code_blocks(param.numel()) && scale.device() == param.device(),
                 "the scales of ", name_of(kStateNames[k], i), " must be ", code_blocks(param.numel()),
@@ -101,16 +101,15 @@ void check_item(const Item& item, size_t i, const at::Tensor& first) {
                 " do not lie in memory in one order; load the state_dict anew after changing the layout");
   }
   if (item.average.defined()) {
-    check_like_param(item.average, param, wide ? at::kDouble : at::kFloat, "averages", i);
+    check_like_param(*item.average, param, average_dtype(param), "averages", i);
   }
   if (item.master.defined()) {
-    const auto kind = dtype == at::kBFloat16 ? at::kShort : at::kFloat;
     TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kHalf, name_of("params", i), " of dtype ", dtype,
                 " takes no master weights");
-    check_like_param(item.master, param, kind, "masters", i);
+    check_like_param(*item.master, param, master_dtype(param), "masters", i);
   }
   if (item.step.defined()) {
-    const at::Tensor& step = item.step;
+    const at::Tensor& step = *item.step;
     TORCH_CHECK(step.numel() == 1, name_of("steps", i), " must have one element, got shape ", step.sizes());
     TORCH_CHECK(step.scalar_type() == at::kFloat || (step.scalar_type() == at::kDouble && param.is_cpu()),
                 name_of("steps", i), " must be float32", param.is_cpu() ? " or float64" : "", ", got ",

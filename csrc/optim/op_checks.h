@@ -24,15 +24,23 @@ bool gradients_overlap(const std::vector<Item>& items);
 
 Format format_of(const at::Tensor& t);
 
+// What a parameter's average and its master weights are kept in.
+inline at::ScalarType average_dtype(const at::Tensor& param) {
+  return param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+inline at::ScalarType master_dtype(const at::Tensor& param) {
+  return param.scalar_type() == at::kBFloat16 ? at::kShort : at::kFloat;
+}
+
 // Calls f with every tensor of the parameter's shape that a step writes.
 template <typename F>
 void for_each_written(const Item& item, F&& f) {
-  f(item.param);
-  for (const at::Tensor& state : item.state) {
-    if (state.defined()) f(state);
+  f(*item.param);
+  for (const HeldTensor& state : item.state) {
+    if (state.defined()) f(*state);
   }
-  for (const at::Tensor* t : {&item.average, &item.master}) {
-    if (t->defined()) f(*t);
+  for (const HeldTensor* t : {&item.average, &item.master}) {
+    if (t->defined()) f(**t);
   }
 }
 

@@ -154,7 +154,7 @@ bool run_cuda(const py::list& plans, const py::list& grads, const py::list& memo
     if (!plan.take_gradients(states, grads[i])) return false;
     PlanRun run{.plan = &plan,
                 .memory = &memories[i].cast<DeviceMemory&>(),
-                .device = plan.items().front().param.device(),
+                .device = plan.items().front().param->device(),
                 .first = i == 0};
     for (PlanRun& before : runs) {
       if (before.device != run.device) continue;

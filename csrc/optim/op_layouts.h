@@ -18,25 +18,22 @@ class DLFAST_HIDDEN Layouts {
  public:
   TensorRef ref(const Item& item) {
     TensorRef ref = item.ref;
-    at::Tensor param = item.param;
     if (!item.in_order) {
       // A parameter with gaps is stood in for by a contiguous copy, whose order the others then follow.
-      if (!param.is_non_overlapping_and_dense()) {
-        param = at::empty_like(param, at::MemoryFormat::Contiguous);
-      }
-      ref.param = written(item.param, param);
+      const bool has_gaps = !item.param->is_non_overlapping_and_dense();
+      const at::Tensor param =
+          has_gaps ? at::empty_like(*item.param, at::MemoryFormat::Contiguous) : *item.param;
+      ref.param = written(*item.param, param);
       for (int k = 0; k < kMaxStates; ++k) {
-        if (item.state[k].defined()) ref.state[k] = written(item.state[k], param);
+        if (item.state[k].defined()) ref.state[k] = written(*item.state[k], param);
       }
-      if (item.average.defined()) ref.average = written(item.average, param);
-      if (item.master.defined()) ref.master = written(item.master, param);
-    }
-    if (same_order(item.grad, param)) {
-      // Only zeroing writes it.
-      ref.grad = const_cast<void*>(item.grad.const_data_ptr());
+      if (item.average.defined()) ref.average = written(*item.average, param);
+      if (item.master.defined()) ref.master = written(*item.master, param);
+      ref.grad = read(item.grad, param);
     } else {
-      held_.push_back(at::empty_like(param).copy_(item.grad));
-      ref.grad = held_.back().mutable_data_ptr();
+      // Not copied: a second reference of C++ to a tensor has PyTorch take the GIL, to keep its Python
+      // object.
+      ref.grad = read(item.grad, *item.param);
     }
     return ref;
   }
@@ -46,6 +43,13 @@ class DLFAST_HIDDEN Layouts {
   }
 
  private:
+  // Only zeroing writes it.
+  void* read(const at::Tensor& grad, const at::Tensor& param) {
+    if (same_order(grad, param)) return const_cast<void*>(grad.const_data_ptr());
+    held_.push_back(at::empty_like(param).copy_(grad));
+    return held_.back().mutable_data_ptr();
+  }
+
   void* written(const at::Tensor& tensor, const at::Tensor& param) {
     if (same_order(tensor, param)) return tensor.mutable_data_ptr();
     at::Tensor copy = at::empty_strided(param.sizes(), param.strides(), tensor.options()).copy_(tensor);
@@ -78,14 +82,16 @@ inline void bump_version(const at::Tensor& t) {
 // Of all that a step writes of an item, beside gradients.
 inline void bump_versions(const Item& item) {
   for_each_written(item, bump_version);
-  for (const at::Tensor& scale : item.scale) bump_version(scale);
-  bump_version(item.step);
+  for (const HeldTensor& scale : item.scale) {
+    if (scale.defined()) bump_version(*scale);
+  }
+  if (item.step.defined()) bump_version(*item.step);
 }
 
 // Clears what a pass over memory could not: copies, and gradients that several parameters share (`all`).
 inline void clear_rest(const std::vector<Item>& items, bool all) {
   for (const Item& item : items) {
-    if (all || !item.in_order || !same_order(item.grad, item.param)) item.grad.zero_();
+    if (all || !item.in_order || !same_order(item.grad, *item.param)) item.grad.zero_();
   }
 }
 

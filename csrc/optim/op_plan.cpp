@@ -24,8 +24,41 @@ Algorithm algorithm_of(const std::string& name) {
   TORCH_CHECK_VALUE(false, "there is no algorithm '", name, "'");
 }
 
-at::Tensor tensor_or_none(const py::handle& value) {
-  return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
+HeldTensor tensor_or_none(const py::handle& value) {
+  return value.is_none() ? HeldTensor() : HeldTensor(value);
+}
+
+// Whether the tensors of `item` still are what its pointers address: `t.data = other` and swap_tensors change
+// them behind their Python objects.
+bool unmoved(const Item& item) {
+  const at::Tensor& param = *item.param;
+  const TensorRef& ref = item.ref;
+  if (param.const_data_ptr() != ref.param || param.numel() != ref.numel || format_of(param) != ref.number) {
+    return false;
+  }
+  bool in_order = param.is_non_overlapping_and_dense();
+  const auto is_like_param = [&](const HeldTensor& t, const void* data, at::ScalarType dtype) {
+    if (!t.defined()) return true;
+    // With as many elements and dimensions, another shape has other strides.
+    if (t->const_data_ptr() != data || t->scalar_type() != dtype || t->numel() != ref.numel ||
+        t->dim() != param.dim()) {
+      return false;
+    }
+    in_order = in_order && same_order(*t, param);
+    return true;
+  };
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (!is_like_param(item.state[k], ref.state[k], item.state_dtype[k])) return false;
+    const HeldTensor& scale = item.scale[k];
+    if (!scale.defined()) continue;
+    if (scale->const_data_ptr() != ref.scale[k] || scale->numel() != code_blocks(ref.numel)) return false;
+  }
+  if (item.step.defined()) {
+    if (item.step->const_data_ptr() != ref.step) return false;
+    if ((item.step->scalar_type() == at::kDouble) != ref.step_is_double) return false;
+  }
+  return is_like_param(item.average, ref.average, average_dtype(param)) &&
+         is_like_param(item.master, ref.master, master_dtype(param)) && in_order == item.in_order;
 }
 
 // Whether `grad` is what a fast step takes as it is.
@@ -61,7 +94,7 @@ Plan::Plan(const std::string& algorithm, const py::list& items, const py::list& 
     for (const auto& member : list) members.push_back(member.ptr());
     lists_.emplace_back(std::move(list), std::move(members));
   }
-  for (const auto& param : idle) idle_.push_back(param.cast<at::Tensor>());
+  for (const auto& param : idle) idle_.emplace_back(param);
 }
 
 // (key, param, entry, states, scales, formats, average, master, step, group, id, stochastic_param,
@@ -71,7 +104,7 @@ void Plan::add(const py::tuple& item) {
   TORCH_CHECK(item.size() == 14, "an item of a plan has 14 parts, got ", item.size());
   Item out;
   out.key = item[0];
-  out.param = item[1].cast<at::Tensor>();
+  out.param = HeldTensor(item[1]);
   out.entry = item[2];
   const auto states = item[3].cast<py::tuple>();
   const auto scales = item[4].cast<py::tuple>();
@@ -80,9 +113,10 @@ void Plan::add(const py::tuple& item) {
       states.size() <= kMaxStates && scales.size() == states.size() && formats.size() == states.size(),
       "an item has at most ", kMaxStates, " states, each with a scale and a format");
   for (size_t k = 0; k < states.size(); ++k) {
-    out.state[k] = states[k].cast<at::Tensor>();
+    out.state[k] = HeldTensor(states[k]);
     out.scale[k] = tensor_or_none(scales[k]);
-    out.ref.state_format[k] = format_of(out.state[k]);
+    out.state_dtype[k] = out.state[k]->scalar_type();
+    out.ref.state_format[k] = format_of(*out.state[k]);
     if (!out.scale[k].defined()) continue;
     const bool is_signed = formats[k].cast<std::string>() == "signed";
     out.ref.state_format[k] = is_signed ? Format::code8_signed : Format::code8_unsigned;
@@ -98,29 +132,29 @@ void Plan::add(const py::tuple& item) {
     const auto watched = pair.cast<py::tuple>();
     out.watched.emplace_back(watched[0], watched[1]);
   }
-  check_item(out, items_.size(), items_.empty() ? out.param : items_.front().param);
+  check_item(out, items_.size(), items_.empty() ? *out.param : *items_.front().param);
 
   TensorRef& ref = out.ref;
   const auto data = [](const at::Tensor& t) { return const_cast<void*>(t.const_data_ptr()); };
-  ref.param = data(out.param);
-  ref.numel = out.param.numel();
-  ref.number = format_of(out.param);
+  ref.param = data(*out.param);
+  ref.numel = out.param->numel();
+  ref.number = format_of(*out.param);
   for (int k = 0; k < kMaxStates; ++k) {
-    if (out.state[k].defined()) ref.state[k] = data(out.state[k]);
-    if (out.scale[k].defined()) ref.scale[k] = static_cast<float*>(data(out.scale[k]));
+    if (out.state[k].defined()) ref.state[k] = data(*out.state[k]);
+    if (out.scale[k].defined()) ref.scale[k] = static_cast<float*>(data(*out.scale[k]));
   }
-  if (out.average.defined()) ref.average = data(out.average);
+  if (out.average.defined()) ref.average = data(*out.average);
   if (out.master.defined()) {
-    ref.master = data(out.master);
-    ref.master_kind = out.param.scalar_type() == at::kBFloat16 ? Master::low_half : Master::full;
+    ref.master = data(*out.master);
+    ref.master_kind = out.param->scalar_type() == at::kBFloat16 ? Master::low_half : Master::full;
   }
   if (out.step.defined()) {
-    ref.step = data(out.step);
-    ref.step_is_double = out.step.scalar_type() == at::kDouble;
+    ref.step = data(*out.step);
+    ref.step_is_double = out.step->scalar_type() == at::kDouble;
   }
-  out.in_order = out.param.is_non_overlapping_and_dense();
+  out.in_order = out.param->is_non_overlapping_and_dense();
   for_each_written(out,
-                   [&](const at::Tensor& t) { out.in_order = out.in_order && same_order(t, out.param); });
+                   [&](const at::Tensor& t) { out.in_order = out.in_order && same_order(t, *out.param); });
   items_.push_back(std::move(out));
 }
 
@@ -136,14 +170,14 @@ bool Plan::take_gradients(const py::dict& states, const py::object& grads) {
       if (PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)) != members[i]) return false;
     }
   }
-  for (const at::Tensor& param : idle_) {
-    if (param.grad().defined()) return false;
+  for (const HeldTensor& param : idle_) {
+    if (param->grad().defined()) return false;
   }
   const bool given = !grads.is_none();
   if (given && PyList_GET_SIZE(grads.ptr()) != static_cast<Py_ssize_t>(items_.size())) return false;
   for (size_t i = 0; i < items_.size(); ++i) {
     Item& item = items_[i];
-    const at::Tensor& param = item.param;
+    const at::Tensor& param = *item.param;
     if (given) {
       item.grad = py::handle(PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i))).cast<at::Tensor>();
     } else {
@@ -154,18 +188,7 @@ bool Plan::take_gradients(const py::dict& states, const py::object& grads) {
         grad.scalar_type() != param.scalar_type() || grad.device() != param.device()) {
       return false;
     }
-    const TensorRef& ref = item.ref;
-    if (param.const_data_ptr() != ref.param || param.numel() != ref.numel || format_of(param) != ref.number) {
-      return false;
-    }
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (!item.state[k].defined()) continue;
-      const at::Tensor& state = item.state[k];
-      if (state.const_data_ptr() != ref.state[k] || state.numel() != ref.numel) return false;
-    }
-    bool in_order = param.is_non_overlapping_and_dense();
-    for_each_written(item, [&](const at::Tensor& t) { in_order = in_order && same_order(t, param); });
-    if (in_order != item.in_order) return false;
+    if (!unmoved(item)) return false;
     if (item.entry.is_none()) continue;
     if (PyDict_GetItemWithError(states.ptr(), item.key.ptr()) != item.entry.ptr()) return false;
     for (const auto& [name, value] : item.watched) {

@@ -22,15 +22,33 @@ namespace py = pybind11;
 // As pybind11's own types are.
 #define DLFAST_HIDDEN __attribute__((visibility("hidden")))
 
+// A tensor by its Python object. A reference of the plan's own would keep torch.utils.swap_tensors from
+// working, and would go on with what the object was before.
+class DLFAST_HIDDEN HeldTensor {
+ public:
+  HeldTensor() = default;
+  explicit HeldTensor(const py::handle& object) : object_(py::reinterpret_borrow<py::object>(object)) {
+    TORCH_CHECK_TYPE(THPVariable_Check(object.ptr()), "a plan takes tensors, got ",
+                     py::str(py::type::handle_of(object)));
+  }
+  bool defined() const { return static_cast<bool>(object_); }
+  const at::Tensor& operator*() const { return THPVariable_Unpack(object_.ptr()); }
+  const at::Tensor* operator->() const { return &**this; }
+
+ private:
+  py::object object_;
+};
+
 // One parameter of a step and what belongs to it.
 struct DLFAST_HIDDEN Item {
-  at::Tensor param;
+  HeldTensor param;
   at::Tensor grad;               // of this step
-  at::Tensor state[kMaxStates];  // undefined where the group has no such state
-  at::Tensor scale[kMaxStates];  // of states in code8
-  at::Tensor average;
-  at::Tensor master;
-  at::Tensor step;
+  HeldTensor state[kMaxStates];  // undefined where the group has no such state
+  at::ScalarType state_dtype[kMaxStates]{};
+  HeldTensor scale[kMaxStates];  // of states in code8
+  HeldTensor average;
+  HeldTensor master;
+  HeldTensor step;
   TensorRef ref{};       // all but the gradient stays the same from step to step
   bool in_order = true;  // parameter and states lie in one order without gaps
   // The parameter's key and its dict in optimizer.state, and what that dict held when the plan was made.
@@ -68,7 +86,7 @@ class DLFAST_HIDDEN Plan {
   Algorithm algorithm_;
   std::vector<Item> items_;
   std::vector<std::pair<py::list, std::vector<PyObject*>>> lists_;  // borrowed: the lists keep them alive
-  std::vector<at::Tensor> idle_;
+  std::vector<HeldTensor> idle_;
   bool overlap_ = false;  // written tensors share memory
 };
 

@@ -51,6 +51,12 @@ DLFAST_RULE double clip_factor(double norm, double max_norm) {
   return factor > 1 ? 1 : factor;  // NaN stays
 }
 
+// What decoupled weight decay multiplies a parameter by. Without decay it is 1, whatever the learning rate:
+// an infinite one times 0 is NaN.
+DLFAST_RULE double decay_factor(double lr, double weight_decay) {
+  return weight_decay != 0 ? 1 - lr * weight_decay : 1;
+}
+
 // What `prepare` takes beside the group. `step` is the number of this step: 1 for the first. `grad_factor`
 // multiplies the gradient: unscaling and clipping. `trust` is for rules that measure (Lamb).
 struct StepFacts {
@@ -125,7 +131,7 @@ struct Adam {
     Constants<T> c;
     c.grad_factor = static_cast<T>(group.maximize != 0 ? -facts.grad_factor : facts.grad_factor);
     c.weight_decay = static_cast<T>(decoupled ? 0 : group.weight_decay);
-    c.param_factor = static_cast<T>(decoupled ? 1 - group.lr * group.weight_decay : 1);
+    c.param_factor = static_cast<T>(decoupled ? decay_factor(group.lr, group.weight_decay) : 1);
     c.beta1 = static_cast<T>(group.beta1);
     c.gain1 = static_cast<T>(1 - group.beta1);
     c.beta2 = static_cast<T>(group.beta2);
@@ -169,7 +175,7 @@ struct Lion {
   static DLFAST_RULE Constants<T> prepare(const Group& group, const StepFacts& facts) {
     Constants<T> c;
     c.grad_factor = static_cast<T>(group.maximize != 0 ? -facts.grad_factor : facts.grad_factor);
-    c.param_factor = static_cast<T>(1 - group.lr * group.weight_decay);
+    c.param_factor = static_cast<T>(decay_factor(group.lr, group.weight_decay));
     c.lr = static_cast<T>(group.lr);
     c.beta1 = static_cast<T>(group.beta1);
     c.gain1 = static_cast<T>(1 - group.beta1);
@@ -212,7 +218,8 @@ struct RmsProp {
     c.gain = static_cast<T>(1 - group.alpha);
     c.eps = static_cast<T>(group.eps);
     c.weight_decay = static_cast<T>(group.weight_decay);
-    c.momentum = static_cast<T>(group.momentum);
+    // One that only the device knows may be below 0: none, as in torch.optim.
+    c.momentum = static_cast<T>(group.momentum > 0 ? group.momentum : 0);
     c.centered = group.centered != 0;
     return c;
   }

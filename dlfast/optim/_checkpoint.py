@@ -2,7 +2,8 @@
 
 Beside the states of the algorithm an entry may hold ``ema``, ``master_low`` or ``master_param``, and for
 each int8 state its ``_scale``. Where states have a format of their own, each group has a ``dlfast_format``
-that names it and carries the seed of random rounding.
+that names it and carries the seed of random rounding. Anything else in an entry or a group is somebody
+else's, a wrapper's perhaps: it is kept, and loaded as ``torch.optim`` loads it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from dlfast.optim._options import Extras
 ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 FORMAT = "dlfast_format"
 EXTRA_ENTRIES = ("ema", "master_low", "master_param")
+# States by which entries of another algorithm are known, where the options of its groups do not tell.
+KNOWN_STATES = frozenset(
+    ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum")
+    + ("exp_inf", "acc_delta", "mu_product", "row_var", "col_var", "exp_avg_lr_1")
+)
 # What a parameter of 16 bits keeps as its master, and in which dtype.
 MASTERS = {torch.bfloat16: ("master_low", torch.int16), torch.float16: ("master_param", torch.float32)}
 
 
 class _Shielded:
-    """A tensor on its way through ``load_state_dict``, which would cast it to the parameter's dtype."""
+    """A value on its way through ``load_state_dict``, which would cast it to the parameter's dtype."""
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
 
@@ -44,6 +50,8 @@ class Checkpoint(torch.optim.Optimizer):
     _foreign_options: tuple[str, ...] = ()
     # States without which an entry is of no use.
     _required: tuple[str, ...] = ()
+    # Whether `step` in an entry is this library's.
+    _counts_steps = True
 
     _extras: Extras
     _unsigned: frozenset[str]
@@ -59,18 +67,37 @@ class Checkpoint(torch.optim.Optimizer):
 
         On CUDA this waits for the device; during training `step` lives there.
         """
-        result: dict[str, Any] = super().state_dict()
+        # The first of the hooks, so that those of others see what is saved.
+        handle = self.register_state_dict_post_hook(_complete_saved, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _complete_saved(self, saved: dict[str, Any]) -> None:
+        """Bring what ``torch.optim`` has packed into the layout of a checkpoint."""
         format_ = self._format()
-        for group in result["param_groups"]:
+        state = saved["state"]
+        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
             if format_:
                 group[FORMAT] = dict(format_)
-            if group.get("fused") or group.get("capturable"):
-                continue
-            for i in group["params"]:
-                entry = result["state"].get(i)
-                if entry and isinstance(entry.get("step"), Tensor) and entry["step"].device.type != "cpu":
-                    result["state"][i] = {**entry, "step": entry["step"].cpu()}
-        return result
+            on_device = group.get("fused") or group.get("capturable")
+            for i, p in zip(group["params"], own["params"], strict=True):
+                entry = state.get(i)
+                if not entry or not isinstance(entry, dict):
+                    continue
+                kept = self._saved_entry(p, entry)
+                step = kept.get("step")
+                if isinstance(step, Tensor) and step.device.type != "cpu" and not on_device:
+                    kept = {**kept, "step": step.cpu()}
+                if kept:
+                    state[i] = kept
+                else:
+                    del state[i]
+
+    def _saved_entry(self, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        """What of the `entry` of `p` is saved."""
+        return entry
 
     def _format(self) -> dict[str, Any]:
         extras = self._extras
@@ -104,17 +131,19 @@ class Checkpoint(torch.optim.Optimizer):
         return {**super().__getstate__(), **kept, "_random_step": self._random_steps_taken()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        loose: dict[Any, Any] = {}
         random: tuple[int, int] | None = None
         if "_extras" in state:  # a copy of a whole optimizer, not a state_dict
             self._set_extras({})
         else:
             self._check_loaded(state)
-            # What is of no parameter is kept as it is, but not shown to torch.optim, which may look for steps there.
-            loose = {k: _unshielded(v) for k, v in state["state"].items() if not isinstance(k, Tensor)}
             random = self._adopt(state)
-        super().__setstate__(state)
-        self.state.update(loose)
+        whole = state["state"]
+        # torch.optim takes each entry for one of a parameter that has taken a step.
+        stepped = {k: v for k, v in whole.items() if isinstance(k, Tensor) and isinstance(v, dict) and "step" in v}
+        super().__setstate__({**state, "state": stepped})
+        self.state = whole
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
         if random is not None:
             self._seed, count = random
             self._set_random_steps(count)
@@ -140,13 +169,13 @@ class Checkpoint(torch.optim.Optimizer):
 
     def _check_loaded(self, state: dict[str, Any]) -> None:
         name = type(self).__name__
-        for index, group in enumerate(state["param_groups"]):
+        for index, (group, own) in enumerate(zip(state["param_groups"], self.param_groups, strict=True)):
             missing = [option for option in self._own_options if option not in group]
             if missing:
                 raise ValueError(
                     f"param_groups[{index}] of the state_dict lacks {', '.join(missing)}: it is not one of {name}"
                 )
-            foreign = [option for option in self._foreign_options if option in group]
+            foreign = [option for option in self._foreign_options if option in group and option not in own]
             if foreign:
                 raise ValueError(
                     f"param_groups[{index}] of the state_dict has {', '.join(foreign)}: it is not one of {name}"
@@ -160,19 +189,29 @@ class Checkpoint(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 where = f"parameter {i} of param_groups[{index}]"
                 entry = state["state"].get(p)
-                if entry:
+                if isinstance(entry, dict):
                     self._check_entry(p, entry, where)
 
+    def _entry_names(self) -> frozenset[str]:
+        """All that this optimizer may keep in an entry of `state`."""
+        scales = (name + "_scale" for name in self._state_names)
+        return frozenset((*self._state_names, *scales, *EXTRA_ENTRIES, *(("step",) if self._counts_steps else ())))
+
     def _check_entry(self, p: Tensor, entry: dict[str, Any], where: str) -> None:
+        known = self._entry_names()
+        others = [name for name in entry if name in KNOWN_STATES and name not in known]
         lacking = [name for name in self._required if entry.get(name) is None]
-        if lacking:
+        # An entry with neither may be a wrapper's, of a parameter that has taken no step.
+        if lacking and (others or not known.isdisjoint(entry)):
             raise ValueError(f"the state_dict lacks {', '.join(lacking)} of {where}")
+        if others:
+            raise ValueError(
+                f"the state_dict has {', '.join(others)} of {where}, which {type(self).__name__} does not keep"
+            )
         scales = tuple(name + "_scale" for name in self._state_names)
         for name, value in entry.items():
             value = value.value if isinstance(value, _Shielded) else value
-            if name not in ("step", *self._state_names, *scales, *EXTRA_ENTRIES):
-                raise ValueError(f"the state_dict has {name} of {where}, which {type(self).__name__} does not keep")
-            if value is None:
+            if value is None or name not in known:
                 continue
             if name == "step":
                 _check_step(value, where)
@@ -212,23 +251,26 @@ class Checkpoint(torch.optim.Optimizer):
             format_ = group.pop(FORMAT, {})
             if "seed" in format_:
                 random = int(format_["seed"]), int(format_["random_step"])
-        adopted = {p: dict(self._adopted(p, v)) for p, v in state["state"].items() if isinstance(p, Tensor) and v}
-        state["state"] = defaultdict(dict, adopted)
+        adopted: defaultdict[Any, Any] = defaultdict(dict)
+        for p, entry in state["state"].items():
+            is_own = isinstance(p, Tensor) and isinstance(entry, dict)
+            adopted[p] = dict(self._adopted(p, _unshielded(entry))) if is_own else entry
+        state["state"] = adopted
         return random
 
     def _adopted(self, p: Tensor, entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        values = _unshielded(entry)
-        for name, value in values.items():
-            if name in self._state_names and value is not None:
-                yield from self._converted(p, name, value, values.get(name + "_scale"))
+        known = self._entry_names()
+        for name, value in entry.items():
+            if value is None or name not in known:
+                yield name, value
+            elif name in self._state_names:
+                yield from self._converted(p, name, value, entry.get(name + "_scale"))
             elif name == "ema":
                 yield name, _laid_out(p, value, compute_dtype(p.dtype))
-            elif name.startswith("master"):
+            elif name in ("master_low", "master_param"):
                 yield name, _laid_out(p, value, value.dtype)
             elif name == "step":
                 yield name, _counter_of(value)
-            elif not name.endswith("_scale"):
-                yield name, value
 
     def _converted(self, p: Tensor, name: str, value: Tensor, scale: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         signed = name not in self._unsigned
@@ -256,18 +298,29 @@ class Checkpoint(torch.optim.Optimizer):
         yield name + "_scale", scales
 
 
+def _complete_saved(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    assert isinstance(optimizer, Checkpoint)
+    optimizer._complete_saved(saved)
+
+
 def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def shielded(entry: Any) -> Any:
-        if not isinstance(entry, dict):
+    assert isinstance(optimizer, Checkpoint)
+    known = optimizer._entry_names() - {"step"}
+    ids = {i for group in state_dict["param_groups"] for i in group["params"]}
+
+    def is_shielded(name: str, value: Any) -> bool:
+        # A text would be rebuilt from its letters, and lost.
+        return isinstance(value, str) or (isinstance(value, Tensor) and name in known)
+
+    def shielded(key: Any, entry: Any) -> Any:
+        if key not in ids or not isinstance(entry, dict):
             return entry
-        return {n: _Shielded(v) if isinstance(v, Tensor) and n != "step" else v for n, v in entry.items()}
+        return {name: _Shielded(v) if is_shielded(name, v) else v for name, v in entry.items()}
 
-    return {**state_dict, "state": {k: shielded(entry) for k, entry in state_dict["state"].items()}}
+    return {**state_dict, "state": {k: shielded(k, entry) for k, entry in state_dict["state"].items()}}
 
 
-def _unshielded(entry: Any) -> Any:
-    if not isinstance(entry, dict):
-        return entry
+def _unshielded(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: v.value if isinstance(v, _Shielded) else v for name, v in entry.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dlfast._native import native
+from dlfast.optim._options import FLAGS
 from dlfast.optim._prepare import Bucket, Prepared, Preparing, refuse_under_capture
 from dlfast.optim._zero import Shards
 
@@ -90,6 +91,8 @@ class OnDevice(Preparing):
         if on_device:
             for i, group in enumerate(self.param_groups):
                 self._check_group(i, group)
+            named = [zip(self._number_names, row, strict=True) for row in numbers]
+            numbers = [tuple(bool(v) if name in FLAGS else v for name, v in row) for row in named]
         hyper: list[tuple[float, ...]] = [()] * len(numbers) if on_device else self._hyper()
         memories: dict[torch.device, Any] = {}
         for device in {b.device: None for b in buckets}:

@@ -121,6 +121,10 @@ def extra_option(name: str) -> Any:
     return property(get, set)
 
 
+# Options of groups that are true or false, whatever their type.
+FLAGS = ("nesterov", "centered", "decoupled_weight_decay", "maximize")
+# Types of numbers that need no closer look.
+PLAIN = frozenset((float, int, bool))
 # What may be set on an optimizer between steps; the others decide which states there are.
 CHANGEABLE = ("max_grad_norm", "max_grad_value", "ema_decay", "zero_grad_after_step")
 
@@ -136,11 +140,11 @@ def may_be_nonzero(value: Any) -> bool:
 
 
 def check_is_number(name: str, value: Any) -> None:
-    """Refuse `value` unless it is a number or a tensor of one."""
+    """Refuse `value` unless it is a number, of NumPy perhaps, or a tensor of one."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 1-element tensor, got shape {tuple(value.shape)}")
-    elif not isinstance(value, numbers.Real):
+    elif not isinstance(value, numbers.Real) and getattr(value, "ndim", None) != 0:
         raise TypeError(f"{name} must be a number or a 1-element tensor, got {type(value).__name__}")
 
 
@@ -154,6 +158,29 @@ def check_number(name: str, value: Any, *, below: float | None = None) -> None:
     if not (number >= 0 if below is None else 0 <= number < below):
         accepted = "at least 0" if below is None else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def check_set(name: str, value: Any) -> None:
+    """Refuse a number that was set in a group after it was added, where no step could use it.
+
+    Any other is used as ``torch.optim`` uses it: schedulers end a little below 0. NaN would make every parameter
+    NaN at once, or, as a momentum, at the second step.
+    """
+    check_is_number(name, value)
+    if not is_unknown(value) and value != value:
+        raise ValueError(f"{name} must be a number other than NaN, got {value}")
+
+
+def check_corrections(betas: Any) -> None:
+    """Refuse betas, set after their group was added, for which a bias correction is no number.
+
+    ``torch.optim`` divides by 0 there, or goes on with complex numbers and fails.
+    """
+    beta1, beta2 = betas
+    if not is_unknown(beta1) and beta1 == 1:
+        raise ValueError("betas[0] must not be 1: its bias correction would divide by 0")
+    if not is_unknown(beta2) and abs(beta2) > 1:
+        raise ValueError(f"betas[1] must be in [-1, 1] for its bias correction, got {beta2}")
 
 
 def check_betas(betas: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch.nn import Parameter
 
 from dlfast._native import native, runs_on
 from dlfast.optim import _formats
-from dlfast.optim._checkpoint import Checkpoint
+from dlfast.optim._checkpoint import MASTERS, Checkpoint
 from dlfast.optim._members import HALVES, Member, compute_dtype, is_dtensor, local_of, sharded_over
-from dlfast.optim._options import check_engine, overlaps_itself
+from dlfast.optim._options import FLAGS, PLAIN, check_engine, check_set, overlaps_itself
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Other subclasses of Tensor have an arithmetic of their own, which plain PyTorch respects.
@@ -29,6 +30,25 @@ def native_devices() -> tuple[str, ...]:
 
 
 @dataclass
+class Made:
+    """An entry of `state` that a step has added to, for the case that it is skipped."""
+
+    key: Tensor
+    entry: dict[str, Any]
+    before: frozenset[str] | None  # what was in it; None: there was no entry
+
+    def undo(self, state: Any) -> None:
+        """As if what is new had never been."""
+        for name in self.added():
+            del self.entry[name]
+        if self.before is None:
+            state.pop(self.key, None)
+
+    def added(self) -> set[str]:
+        return self.entry.keys() - (self.before or ())
+
+
+@dataclass
 class Bucket:
     """What one plan covers: members of one device (on CUDA also of one dtype), split over the same mesh."""
 
@@ -39,9 +59,12 @@ class Bucket:
     mesh_dims: tuple[int, ...]
 
     def grads(self) -> list[Tensor] | None:
-        """Of this step; None where one is missing."""
-        grads = [m.key.grad for m in self.members]
-        return [local_of(g) for g in grads if g is not None] if self.mesh is not None else None
+        """Of this process's parts, where they are not those of the parameters; fewer than members where one has
+        none, or is another tensor by now."""
+        if self.mesh is None:
+            return None
+        grads = [m.key.grad for m in self.members if local_of(m.key) is m.param]
+        return [local_of(g) for g in grads if g is not None]
 
 
 def refuse_under_capture(what: str) -> None:
@@ -62,6 +85,7 @@ class Prepared:
         self.buckets: list[Bucket] = []
         self.plain: list[Member] = []
         self.idle: list[Tensor] = []  # have no gradient, but an average that moves with every step
+        self.lasts = True  # plans look into lists, and notice no change of another kind of sequence
 
     def alone(self) -> Bucket | None:
         """The bucket that is the whole step, if one is, and nothing of it lies elsewhere."""
@@ -80,6 +104,7 @@ class Preparing(Checkpoint):
     # ---- For the algorithms -------------------------------------------------------------------------------
 
     _algorithm: str  # its name in step.h
+    _number_names: tuple[str, ...]  # of what _numbers lists
     _unsigned: frozenset[str] = frozenset()  # states that are never negative
     _all_params: list[Tensor]
     _all_states: list[Tensor]
@@ -95,7 +120,20 @@ class Preparing(Checkpoint):
         raise NotImplementedError
 
     def _check_options(self, options: dict[str, Any]) -> None:
+        """Those of a new optimizer or group, as strictly as ``torch.optim``."""
         raise NotImplementedError
+
+    def _unused(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Numbers that the others make of no account."""
+        return ()
+
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        """What schedulers and users have set since: any number that a step can use."""
+        for name, value in zip(self._number_names, self._numbers(group), strict=True):
+            if type(value) in PLAIN and value == value:  # not NaN
+                continue
+            if name not in FLAGS and name not in self._unused(group):
+                check_set(name, value)
 
     def _plain(
         self, group: dict[str, Any], param: Tensor, grad: Tensor, states: dict[str, Tensor], step: float
@@ -116,23 +154,28 @@ class Preparing(Checkpoint):
 
     # ---- Preparing: what a step is made of, and its checks ------------------------------------------------
 
-    def _prepare(self, only: Tensor | None, new: list[tuple[Tensor, dict[str, Any]]]) -> Prepared:
+    def _prepare(self, only: Tensor | None, new: list[Made]) -> Prepared:
         """Plans of all parameters with a gradient. States that are missing are made and listed in `new`."""
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
         members, idle = self._gather(only)
         self._refuse(members)
         for m in members:
-            m.entry = self.state.get(m.key) or {}
-            is_new = not m.entry
+            entry = self.state.get(m.key)
+            m.entry = {} if entry is None else entry
+            made = Made(m.key, m.entry, None if entry is None else frozenset(entry))
+            new.append(made)
             self._complete(m)
             self._check_states(m)
-            if is_new and m.entry:
-                new.append((m.key, m.entry))
-        if new and any(p.is_cuda for p, _ in new):
+            m.native = m.native and self._suits_native(m)
+            if not made.added():
+                new.pop()
+        if new and any(made.key.is_cuda for made in new):
             refuse_under_capture("states")
-        lists = [group["params"] for group in self.param_groups]
+        groups = [group["params"] for group in self.param_groups]
+        lists = [params if isinstance(params, list) else list(params) for params in groups]
         prepared = Prepared(self._asked(), lists)
+        prepared.lasts = all(map(operator.is_, lists, groups))
         prepared.plain = [m for m in members if not m.native]
         buckets: dict[Any, list[Member]] = {}
         for m in members:
@@ -165,7 +208,7 @@ class Preparing(Checkpoint):
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
         try:
-            self._check_options(group)
+            self._check_numbers(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{index}]: {error}") from None
 
@@ -253,17 +296,20 @@ class Preparing(Checkpoint):
         extras, key, entry = self._extras, m.key, m.entry
         group = self.param_groups[m.group]
         m.step = self._counter(key, entry, group, m.param.device if m.native else torch.device("cpu"))
-        m.watched = ["step"] if "step" in entry else []
+        m.watched = ["step"] if m.step is not None and entry.get("step") is m.step else []
         for name in m.names:
             if entry.get(name) is None:
                 self._make_state(entry, name, key, self._initial(group, name))
             m.watched += [n for n in (name, name + "_scale") if n in entry]
-        if extras.master_weights and key.dtype in HALVES:
-            name = "master_low" if key.dtype is torch.bfloat16 else "master_param"
-            if name not in entry:
-                half = key.dtype is torch.bfloat16
-                entry[name] = torch.zeros_like(key, dtype=torch.int16) if half else key.detach().float()
-            m.watched.append(name)
+        if extras.master_weights:
+            master, dtype = MASTERS.get(key.dtype, (None, None))
+            for other in {"master_low", "master_param"} & entry.keys() - {master}:
+                del entry[other]  # of the dtype that the parameter had: what has been written to it since counts
+            if master is not None:
+                if master not in entry:
+                    low = master == "master_low"
+                    entry[master] = torch.zeros_like(key, dtype=dtype) if low else key.detach().float()
+                m.watched.append(master)
         if extras.ema_decay is not None:
             if "ema" not in entry:
                 entry["ema"] = key.detach().to(compute_dtype(key.dtype), copy=True)
@@ -281,6 +327,15 @@ class Preparing(Checkpoint):
                     f"{name} of {self._name_of(m.key)} has shape {tuple(value.shape)} and is on {value.device}; "
                     f"it must have shape {tuple(m.param.shape)} and be on {m.param.device}"
                 )
+
+    def _suits_native(self, m: Member) -> bool:
+        """Whether native code takes the states in the dtypes they have: after a change of the parameter's, they
+        keep theirs, as in ``torch.optim``."""
+        real = compute_dtype(m.param.dtype)
+        stored = (real, m.param.dtype) if real is torch.float64 else (real, m.param.dtype, torch.bfloat16)
+        states = [m.state(name) for name in m.names if name + "_scale" not in m.entry]
+        average = m.state("ema")
+        return all(t is not None and t.dtype in stored for t in states) and (average is None or average.dtype is real)
 
     def _make_state(self, entry: dict[str, Any], name: str, p: Tensor, value: float) -> None:
         state_dtype = self._extras.state_dtype
@@ -340,8 +395,9 @@ class Preparing(Checkpoint):
 
     def _list_states(self) -> list[Tensor]:
         """All tensors in `state` that a step writes."""
-        entries = [entry for p, entry in self.state.items() if isinstance(p, Tensor)]
-        return [v for entry in entries for v in entry.values() if isinstance(v, Tensor)]
+        known = self._entry_names()
+        entries = [entry for p, entry in self.state.items() if isinstance(p, Tensor) and isinstance(entry, dict)]
+        return [v for entry in entries for n, v in entry.items() if n in known and isinstance(v, Tensor)]
 
 
 def _without_gaps(p: Tensor) -> bool:

@@ -50,7 +50,8 @@ def step_in_backward(optimizer: FusedStep) -> StepInBackward:
     At most the gradients of one layer are then there at a time. ``optimizer.step()`` finds no gradients and
     does nothing; ``optimizer.step_was_skipped`` and step hooks have no meaning. A parameter that is used in
     several calls of backward is updated in each, and its average, with `ema_decay`, moves then. Parameters added
-    later are not included.
+    later are not included, nor are those that ``torch.utils.swap_tensors`` has changed, which takes hooks away:
+    after such a conversion of the model remove the handle and call this again.
 
     ``fully_shard`` reduces gradients before they are there: it works. ``DistributedDataParallel`` reduces them
     after: each process would step with a gradient of its own, so this is refused.

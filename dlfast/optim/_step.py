@@ -8,6 +8,7 @@ one as an example.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,28 +21,29 @@ from torch.optim import optimizer as optimizer_module
 from dlfast._native import native
 from dlfast.optim._device import Kept, OnDevice
 from dlfast.optim._members import PlainOptions, move_averages, plain_step, sharded_over, unscaled
-from dlfast.optim._options import Extras, extra_option
-from dlfast.optim._prepare import Bucket, Prepared
+from dlfast.optim._options import FLAGS, PLAIN, Extras, extra_option
+from dlfast.optim._prepare import Bucket, Made, Prepared
 from dlfast.optim._traced import register, traced_step
 from dlfast.optim._zero import refuse_clearing, shards
 
+# Reads _step_supports_amp_scaling before every step.
+_SCALER_STEP = torch.amp.GradScaler.step.__code__
 CHANGED_MEANWHILE = "a parameter, gradient or state changed while the step was being taken"
 
 
 class FusedStep(OnDevice):
     """The machinery of a fused step; see :mod:`dlfast.optim`.
 
-    Under ``torch.amp.GradScaler`` the gradients are unscaled inside the step, in registers: ``p.grad``
-    itself is only read, and keeps the scaled gradient. (torch's fused optimizers overwrite it; to look at
-    unscaled gradients call ``scaler.unscale_(optimizer)`` first, as for every optimizer.) Where ``grad_scale``
-    is set and ``found_inf`` is not, the step looks for infinities itself and skips if there are any.
+    To ``torch.amp.GradScaler``, and to trainers that clip between unscaling and the step, this is an optimizer
+    as any other, unless it is made with ``fused=True`` or with an option that needs the unscaled gradients:
+    `max_grad_norm`, `max_grad_value`, `zero_grad_after_step`. Then they are unscaled inside the step, in
+    registers: ``p.grad`` itself is only read, and keeps the scaled gradient. (torch's fused optimizers overwrite
+    it; to look at unscaled gradients call ``scaler.unscale_(optimizer)`` first, as for every optimizer.) Where
+    ``grad_scale`` is set and ``found_inf`` is not, the step looks for infinities itself and skips if there are any.
 
     A skipped step changes neither parameters nor states, counters or averages, from the first step on;
     ``step_was_skipped`` then is True.
     """
-
-    # GradScaler then leaves unscaling and skipping to the step.
-    _step_supports_amp_scaling = True
 
     def _set_extras(self, extra: dict[str, Any]) -> None:
         """Before the constructor of ``torch.optim``, which adds the groups."""
@@ -74,6 +76,24 @@ class FusedStep(OnDevice):
     master_weights = extra_option("master_weights")
     stochastic_rounding = extra_option("stochastic_rounding")
     zero_grad_after_step = extra_option("zero_grad_after_step")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling and skipping to the step; torch's name for it."""
+        handles: bool | None = vars(self).get("_handles_scale")
+        if handles is None:
+            extras = self._extras
+            clips = extras.max_grad_norm is not None or extras.max_grad_value is not None
+            is_fused = bool(self.defaults.get("fused", vars(self).get("_fused")))
+            handles = is_fused or clips or extras.zero_grad_after_step
+        if not handles and sys._getframe(1).f_code is _SCALER_STEP:
+            # It takes no step where it finds infinities, and says so to nobody: until one follows, this was one.
+            self._skipped = True
+        return handles
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._handles_scale = value
 
     @property
     def step_was_skipped(self) -> bool:
@@ -137,7 +157,9 @@ class FusedStep(OnDevice):
         Raises:
             RuntimeError: for a gradient that is sparse or of another shape or device than its parameter, and for
                 a parameter that overlaps itself in memory; nothing has been changed then.
-            ValueError: a hyper-parameter has become invalid; nothing has been changed then.
+            ValueError: a number that has been set in a group is NaN, or a beta without a bias correction; nothing
+                has been changed then.
+            TypeError: what has been set in a group is no number; nothing has been changed then.
         """
         if torch.compiler.is_dynamo_compiling() and self._traceable and not self._has_hooks():
             return traced_step(self, closure)
@@ -179,7 +201,7 @@ class FusedStep(OnDevice):
         scale: Tensor | None = values.get("grad_scale")
         found_inf: Tensor | None = values.get("found_inf")
         prepared = self._prepared.get(only)
-        if prepared is None or prepared.asked != self._asked() or self._norm_is_shared():
+        if prepared is None or prepared.asked != self._asked() or (self._shards is not None and self._norm_is_shared()):
             done = False
         elif (bucket := prepared.alone()) is not None and bucket.device.type == "cpu":
             done = self._run_alone(bucket, only, scale, found_inf)
@@ -245,24 +267,24 @@ class FusedStep(OnDevice):
     def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> Prepared:
         """The step of tensors that no plan knows, or that several engines share."""
         kept = prepared = self._prepared.pop(only, None)
-        new: list[tuple[Tensor, dict[str, Any]]] = []
-        # All are asked before any is run: nothing is half done.
-        if prepared is None or prepared.asked != self._asked() or not self._hold(prepared):
-            prepared = self._prepare(only, new)
-            self.state.update(new)
-            self._all_states = self._list_states()
+        new: list[Made] = []
         skipped = True
         try:
+            # All are asked before any is run: nothing is half done.
+            if prepared is None or prepared.asked != self._asked() or not self._hold(prepared):
+                prepared = self._prepare(only, new)
+                self.state.update((made.key, made.entry) for made in new)
+                self._all_states = self._list_states()
             if prepared is not kept and not self._hold(prepared):
                 raise RuntimeError(CHANGED_MEANWHILE)
             skipped = self._run(prepared, scale, found_inf)
         finally:
             if skipped:  # or failed: as if the new states had never been
-                for p, _ in new:
-                    del self.state[p]
+                for made in new:
+                    made.undo(self.state)
         if skipped:
             self._skip(only)
-        elif prepared.buckets and not prepared.plain:  # else no plan would notice new gradients
+        elif prepared.buckets and prepared.lasts and not prepared.plain:  # else no plan would notice new gradients
             self._prepared[only] = prepared
         return prepared
 
@@ -369,7 +391,10 @@ class FusedStep(OnDevice):
 
     def _checked_numbers(self, index: int, group: dict[str, Any], numbers: tuple[Any, ...]) -> tuple[float, ...]:
         self._check_group(index, group)
-        return tuple(float(value) for value in numbers)
+        if PLAIN.issuperset(map(type, numbers)):
+            return tuple(map(float, numbers))
+        pairs = zip(self._number_names, numbers, strict=True)
+        return tuple(float(bool(value) if name in FLAGS else value) for name, value in pairs)
 
 
 def _squares(t: Tensor) -> float:

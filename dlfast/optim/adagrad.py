@@ -35,7 +35,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         foreach: not supported; the step is always fused.
         maximize (bool): ascend instead.
         differentiable: not supported.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:
@@ -62,6 +63,7 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     _required = ("step", "sum")
     _unsigned = frozenset({"sum"})
     _own_options = ("lr", "lr_decay", "initial_accumulator_value")
+    _number_names = ("lr", "lr_decay", "eps", "weight_decay", "maximize")
 
     def __init__(
         self,
@@ -109,7 +111,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             check_number(name, options[name])
 
     def _initial(self, group: dict[str, Any], name: str) -> float:
-        return float(group["initial_accumulator_value"])
+        # Not the group's, as in torch.optim.
+        return float(self.defaults["initial_accumulator_value"])
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return (group["lr"], group["lr_decay"], group["eps"], group["weight_decay"], group["maximize"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
-from dlfast.optim._options import check_betas, check_number
+from dlfast.optim._options import check_betas, check_corrections, check_number
 from dlfast.optim._step import FusedStep
 
 if TYPE_CHECKING:
@@ -24,12 +24,21 @@ class _AdamStep(FusedStep):
     _required = ("step", "exp_avg", "exp_avg_sq")
     _unsigned = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
     _own_options = ("lr", "betas", "eps", "weight_decay", "amsgrad")
+    _number_names = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 
     def _check_options(self, options: dict[str, Any]) -> None:
         check_number("lr", options["lr"])
         check_betas(options["betas"])
         check_number("eps", options["eps"])
         check_number("weight_decay", options["weight_decay"])
+        self._check_amsgrad(options)
+
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        super()._check_numbers(group)
+        check_corrections(group["betas"])
+        self._check_amsgrad(group)
+
+    def _check_amsgrad(self, options: dict[str, Any]) -> None:
         if options.get("amsgrad") and "_extras" in vars(self) and self._extras.state_dtype == "int8":
             raise ValueError("amsgrad keeps a maximum, which int8 states would let drift upwards; use one or the other")
 
@@ -84,7 +93,8 @@ class Adam(_AdamStep, torch.optim.Adam):
         maximize (bool): ascend instead.
         capturable (bool): refused at a step of CPU parameters. CUDA steps are counted on the device anyway.
         differentiable: not supported.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         decoupled_weight_decay (bool): decay as :class:`AdamW` does.
         **extra: what the step does beside the update; see :class:`Extras`.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
-from dlfast.optim._options import check_betas, check_number
+from dlfast.optim._options import check_betas, check_corrections, check_number
 from dlfast.optim._step import FusedStep
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class LAMB(FusedStep):
         eps (float or 1-element Tensor): :math:`\epsilon`.
         weight_decay (float or 1-element Tensor): :math:`\lambda`.
         maximize (bool): ascend instead.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:
@@ -61,7 +62,9 @@ class LAMB(FusedStep):
     _required = ("step", "exp_avg", "exp_avg_sq")
     _unsigned = frozenset({"exp_avg_sq"})
     _own_options = ("lr", "betas", "eps", "weight_decay")
-    _foreign_options = ("amsgrad",)
+    # Of Adam; RAdam and NAdam, and NAdam as it was; MARS; Muon, which steps some parameters as AdamW does.
+    _foreign_options = ("amsgrad", "decoupled_weight_decay", "schedule_decay", "mars_type", "ns_steps")
+    _number_names = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay", "maximize")
     _needs_whole_tensors = True
 
     def __init__(
@@ -88,6 +91,10 @@ class LAMB(FusedStep):
         check_betas(options["betas"])
         check_number("eps", options["eps"])
         check_number("weight_decay", options["weight_decay"])
+
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        super()._check_numbers(group)
+        check_corrections(group["betas"])
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])

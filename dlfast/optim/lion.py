@@ -30,7 +30,8 @@ class Lion(FusedStep):
         betas (pair of floats or 1-element Tensors): :math:`\beta_1, \beta_2`, each in [0, 1).
         weight_decay (float or 1-element Tensor): :math:`\lambda`, decoupled; three to ten times AdamW's.
         maximize (bool): ascend instead.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:
@@ -55,6 +56,7 @@ class Lion(FusedStep):
     _required = ("exp_avg",)
     _own_options = ("lr", "betas", "weight_decay")
     _foreign_options = ("eps",)
+    _number_names = ("lr", "betas[0]", "betas[1]", "weight_decay", "maximize")
 
     def __init__(
         self,

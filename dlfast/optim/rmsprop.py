@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
-from dlfast.optim._options import check_number, may_be_nonzero
+from dlfast.optim._options import check_number, is_unknown
 from dlfast.optim._step import FusedStep
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         foreach: not supported; the step is always fused.
         maximize (bool): ascend instead.
         differentiable: not supported.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:
@@ -66,6 +67,7 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
     _required = ("step", "square_avg")
     _unsigned = frozenset({"square_avg"})
     _own_options = ("lr", "alpha", "centered", "momentum")
+    _number_names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
 
     def __init__(
         self,
@@ -117,8 +119,11 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         )  # fmt: skip
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        kept = (True, group["centered"], may_be_nonzero(group["momentum"]))
+        kept = (True, group["centered"], _has_momentum(group))
         return tuple(name for name, is_kept in zip(self._state_names, kept, strict=True) if is_kept)
+
+    def _unused(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return () if _has_momentum(group) else ("momentum",)
 
     def _plain(
         self, group: dict[str, Any], param: Tensor, grad: Tensor, states: dict[str, Tensor], step: float
@@ -136,3 +141,9 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
             momentum=float(group["momentum"]),
             maximize=group["maximize"],
         )
+
+
+def _has_momentum(group: dict[str, Any]) -> bool:
+    """Whether there is a momentum buffer, as far as is known: as in torch.optim, not for one that turned negative."""
+    momentum = group["momentum"]
+    return is_unknown(momentum) or bool(momentum > 0)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from dlfast import reference
@@ -42,7 +39,8 @@ class SGD(FusedStep, torch.optim.SGD):
         maximize (bool): ascend instead.
         foreach: not supported; the step is always fused.
         differentiable: not supported.
-        fused (bool, optional): False selects plain PyTorch, one tensor at a time; None and True are the same.
+        fused (bool, optional): False selects plain PyTorch, one tensor at a time; True leaves unscaling to the step
+            under ``GradScaler``, as the extra options that need it do.
         **extra: what the step does beside the update; see :class:`Extras`.
 
     Raises:
@@ -66,7 +64,10 @@ class SGD(FusedStep, torch.optim.SGD):
 
     _algorithm = "sgd"
     _state_names = ("momentum_buffer",)
+    _counts_steps = False
     _own_options = ("lr", "momentum", "dampening")
+    _foreign_options = ("wd_ratio",)  # of SGDP
+    _number_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
     def __init__(
         self,
@@ -119,6 +120,9 @@ class SGD(FusedStep, torch.optim.SGD):
             group["maximize"],
         )  # fmt: skip
 
+    def _unused(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return () if may_be_nonzero(group["momentum"]) else ("dampening",)
+
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if may_be_nonzero(group["momentum"]) else ()
 
@@ -155,33 +159,24 @@ class SGD(FusedStep, torch.optim.SGD):
             maximize=group["maximize"],
         )
 
-    @contextmanager
-    def _only_started(self) -> Iterator[None]:
-        """Within, `state` is without the buffers made for a step that only the device knew to be skipped.
+    def _saved_entry(self, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        """Without a buffer made for a step that only the device knew to be skipped.
 
-        A captured graph goes on writing them: the optimizer has to keep them.
+        A captured graph goes on writing it: the optimizer itself has to keep it.
         """
-        whole = self.state
-        self.state = defaultdict(dict, whole)
-        for p, step in self._counters().items():
-            if step.item() == 0:
-                entry = self.state.pop(p, {})
-                rest = {name: value for name, value in entry.items() if not name.startswith("momentum_buffer")}
-                self.state.update({p: rest} if rest else {})
-        try:
-            yield
-        finally:
-            self.state = whole
-
-    @_disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """The state in the layout of ``torch.optim.SGD``."""
-        with self._only_started():
-            return super().state_dict()
+        step = self._counters().get(p)
+        if step is None or step.item() != 0:
+            return entry
+        return {n: value for n, value in entry.items() if n not in ("momentum_buffer", "momentum_buffer_scale")}
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._only_started():
-            return super().__getstate__()
+        result = super().__getstate__()
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for p, entry in self.state.items():
+            kept = self._saved_entry(p, entry) if isinstance(p, Tensor) and isinstance(entry, dict) else entry
+            if kept or not entry:
+                state[p] = kept
+        return {**result, "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: env demo test bench gpu-check lint format clean
+.PHONY: env demo test test-all bench gpu-check lint format clean
 
 env: .venv/.installed
 
@@ -22,6 +22,11 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest -n auto
+
+# Also the kernels at every SIMD level of this CPU, plans as on other CPUs, and every model of torchvision.
+test-all: test
+	.ci/cpus
+	DLFAST_ZOO=all $(BIN)/python -m pytest -n auto tests/test_fuse_zoo.py
 
 bench: env
 	$(BIN)/dlfast bench

@@ -5,6 +5,7 @@
 
 #include "bn_relu_pool/tensors_state.h"
 #include "common/simd.h"
+#include "conv_relu_pool/cpu_kind.h"
 #include "conv_relu_pool/measure_block.h"
 #include "conv_relu_pool/measure_cuda.h"
 #include "conv_relu_pool/op.h"
@@ -107,6 +108,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "simd_level", [] { return std::string(dlfast::simd_name(dlfast::simd_level())); },
       "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
+  m.def(
+      "planned_cpu", [] { return std::string(dlfast::planned_cpu().name); },
+      "The kind of CPU that blocks are planned for, as DLFAST_CPU_KIND names it; '' for this machine's own");
   m.def(
       "plan_block", plan_block,
       "Candidates of each part of a block as (part, name, flops, bytes, seconds, chosen), seconds on CUDA "

@@ -36,6 +36,7 @@ def facts() -> dict[str, str]:
         "built for torch": str(build.get("torch_version", "not built")),
         "CUDA architectures": str(build.get("cuda_archs") or "none"),
         "SIMD level": native.module.simd_level() if native.module is not None else "none (plain PyTorch)",
+        "planned for": _planned_for(),
         "PyTorch's SIMD level": torch.backends.cpu.get_cpu_capability(),
         "operating system": f"{platform.system()} {platform.release()} {platform.machine()}, {_libc()}",
         "compiler here": _first_line([os.environ.get("CXX", "c++"), "--version"]),
@@ -50,6 +51,11 @@ def _backends(build: dict[str, object]) -> str:
     if not build.get("native"):
         return "none"
     return f"CPU, CUDA {build['cuda_version']}" if build.get("cuda") else "CPU"
+
+
+def _planned_for() -> str:
+    kind = native.module.planned_cpu() if native.module is not None else ""
+    return f"{kind}, by DLFAST_CPU_KIND" if kind else "this CPU"
 
 
 def _libc() -> str:

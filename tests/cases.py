@@ -8,6 +8,7 @@ follows from the dtype and the number of terms.
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dlfast import reference
+from dlfast._native import native
+from dlfast.ops import pair, same_padding
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,47 @@ def run(function: Any, tensors: list[Tensor], options: dict[str, Any]) -> tuple[
     grad = torch.arange(output.numel(), device=output.device).remainder(5).sub(2).to(output.dtype)
     output.backward(grad.view(output.shape))
     return output.detach(), [leaf.grad for leaf in leaves]
+
+
+def chosen_ways(tensors: list[Tensor], options: dict[str, Any]) -> dict[str, str]:
+    """What the planner takes for forward, grad_input and grad_weight of `tensors`, the code for backward being kept."""
+    input, weight, *bias = tensors
+    input = input if input.dim() == 4 else input.unsqueeze(0)
+    conv = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **options}
+    dilation, padding = pair("dilation", conv["dilation"]), conv["padding"]
+    if isinstance(padding, str):
+        padding, extra = same_padding(weight.shape[2:], dilation) if padding == "same" else ((0, 0), None)
+        input = input if extra is None else torch.nn.functional.pad(input, extra)
+    window = options.get("pool_size", 2)
+    rows = native.module.plan_block(
+        input, weight, bias[0] if bias else None, pair("stride", conv["stride"]), pair("padding", padding), dilation,
+        conv["groups"], options.get("activation", "relu"), options.get("pool", "max"), pair("pool_size", window),
+        pair("pool_stride", options.get("pool_stride") or window), pair("pool_padding", options.get("pool_padding", 0)),
+        options.get("ceil_mode", False), True,
+    )  # fmt: skip
+    return {part: path for part, path, *_, chosen in rows if chosen}
+
+
+def winograd_accepts(case: Case) -> bool:
+    dense = all(case.conv.get(name, 1) in (1, (1, 1)) for name in ("stride", "dilation"))
+    return case.kernel == (3, 3) and dense
+
+
+def assert_forced(case: Case, tensors: list[Tensor]) -> None:
+    """The planner takes the way that DLFAST_PLAN names, wherever that takes the problem with its code kept."""
+    plan, dtype = os.environ["DLFAST_PLAN"], tensors[0].dtype
+    pool, activation = (case.pool.get(name, default) for name, default in [("pool", "max"), ("activation", "relu")])
+    needs_mask = pool == "avg" and activation == "relu"
+    if plan == "epilogue" or needs_mask or dtype == torch.float64 or tensors[0].numel() == 0:
+        way = "pytorch"
+    elif plan.startswith("winograd") and winograd_accepts(case):
+        way = plan
+    elif not plan.startswith("winograd") and pool is None and case.c == case.k == case.conv.get("groups", 1):
+        way = "depthwise"
+    else:
+        way = "direct"
+    if native.module is not None:
+        assert chosen_ways(tensors, case.options)["forward"] == way
 
 
 def forward_bound(case: Case, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Idle threads of one process must not spin on the cores that the tests of another need; torch reads it when loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -32,7 +32,8 @@ def layout_of(tensor: torch.Tensor) -> list[int]:
 
 
 def assert_same_as_reference(case: Case, tensors: list[torch.Tensor]) -> None:
-    """Equal bits forward; backward equal where sums of whole numbers stay exact."""
+    """Equal bits forward, by the way that is forced; backward equal where sums of whole numbers stay exact."""
+    cases.assert_forced(case, tensors)
     output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
     expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
     dtype = output.dtype
@@ -92,6 +93,7 @@ def test_depthwise_has_the_same_bits_for_any_number_of_threads(case, layout, thr
     monkeypatch.setenv("DLFAST_PLAN", "direct")
     input, *others = cases.normals(replace(case, n=5), torch.float32)
     tensors = [cases.in_layout(input, layout), *others]
+    cases.assert_forced(case, tensors)
     results = []
     for count in (1, 2, 7):
         threads(count)
@@ -116,6 +118,7 @@ def test_depthwise_keeps_what_is_not_finite_where_it_belongs(where, value, activ
     tensors = cases.normals(case, torch.float32)
     tensors[where].view(-1)[13] = value
     tensors[0] = cases.in_layout(tensors[0], "channels_last")
+    cases.assert_forced(case, tensors)
     output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
     expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -136,10 +139,6 @@ def test_depthwise_is_what_the_plan_says(monkeypatch):
     assert dlfast.explain(layer.double(), input.double()).forward == "pytorch"
 
 
-def winograd_accepts(case: Case) -> bool:
-    return case.kernel == (3, 3) and not {"stride", "dilation"} & set(case.conv)
-
-
 WIDE = Case(c=24, k=40, h=15, w=18, conv={"padding": 1})
 # Tiles of several images at once, a band in parts, and output channels in rounds: by the sizes of caches.
 SEVERAL_IMAGES = Case(n=7, c=96, k=80, h=9, w=6, conv={"padding": 1})
@@ -152,7 +151,7 @@ WINOGRAD = [
         *(replace(WIDE, pool=pool) for pool in cases.POOLS),
         *(replace(case, pool=pool) for case in (SEVERAL_IMAGES, PARTS, ROUNDS) for pool in ({}, {"pool": None})),
     ]
-    if winograd_accepts(case)
+    if cases.winograd_accepts(case)
 ]
 
 
@@ -162,6 +161,7 @@ def test_winograd_in_tiles_of_four(case, dtype, monkeypatch):
     """Its fractions round: within 16 times the bound of a direct sum, and gradients where winners are clear."""
     monkeypatch.setenv("DLFAST_PLAN", "winograd4")
     tensors = cases.normals(case, dtype)
+    cases.assert_forced(case, tensors)
     output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
     exact, exact_grads = cases.run(reference.conv_relu_pool2d, [t.double() for t in tensors], case.options)
     assert layout_of(output) == layout_of(reference.conv_relu_pool2d(*tensors, **case.options))
@@ -208,6 +208,7 @@ def test_without_bias(case, plan):
 @pytest.mark.parametrize("case", cases.SAMPLE, ids=str)
 def test_accuracy_against_float64(case, dtype, plan):
     tensors = cases.normals(case, dtype)
+    cases.assert_forced(case, tensors)
     output = dlfast.conv_relu_pool2d(*tensors, **case.options)
     expected = reference.conv_relu_pool2d(*(t.double() for t in tensors), **case.options)
     assert ((output.double() - expected).abs() <= cases.forward_bound(case, tensors, dtype)).all()
@@ -248,12 +249,12 @@ def test_any_shape(data, plan):
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 4)])
-def test_named_padding(padding, kernel):
+def test_named_padding(padding, kernel, plan):
     case = Case(kernel=kernel, conv={"padding": padding})
     assert_same_as_reference(case, cases.integers(case, torch.float32))
 
 
-def test_unbatched():
+def test_unbatched(plan):
     case = Case(n=1, conv={"padding": 1})
     input, weight, bias = cases.integers(case, torch.float32)
     assert_same_as_reference(case, [input[0], weight, bias])
@@ -280,6 +281,7 @@ def test_nan_and_infinity(pool, value, where, layout, plan):
     else:
         bias[3] = value
     tensors = [cases.in_layout(input, layout), weight, bias]
+    cases.assert_forced(case, tensors)
     output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
     expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=0, equal_nan=True)
@@ -326,6 +328,7 @@ def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
     monkeypatch.setenv("DLFAST_PLAN", plan)
     case = Case(n=7, c=channels, k=40, h=32, w=30, conv={"padding": 1})
     input, weight, bias = cases.normals(case, torch.float32)
+    cases.assert_forced(case, [input, weight, bias])
     geometry = [(1, 1), (1, 1), (1, 1), 1, "relu", "max", (2, 2), (2, 2), (0, 0), False]
     grad = torch.randn(7, 40, 16, 15, generator=torch.Generator().manual_seed(1))
 

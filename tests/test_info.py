@@ -23,6 +23,7 @@ def test_missing_native_operators_have_a_reason(monkeypatch):
     facts = info.facts()
     assert facts["native operators"] == "not loaded: built against another torch"
     assert facts["SIMD level"] == "none (plain PyTorch)"
+    assert facts["planned for"] == "this CPU"
 
 
 def test_what_was_built_is_told(monkeypatch):
@@ -30,6 +31,10 @@ def test_what_was_built_is_told(monkeypatch):
         @staticmethod
         def simd_level():
             return "avx2"
+
+        @staticmethod
+        def planned_cpu():
+            return "zen4"
 
     build = {
         "native": True,
@@ -43,6 +48,7 @@ def test_what_was_built_is_told(monkeypatch):
     assert facts["compiled backends"] == "CPU, CUDA 13.0"
     assert facts["CUDA architectures"] == "9.0+PTX"
     assert facts["SIMD level"] == "avx2"
+    assert facts["planned for"] == "zen4, by DLFAST_CPU_KIND"
     assert facts["native operators"] == "loaded"
 
 

@@ -95,30 +95,73 @@ void pack_direct_weight(const ConvParams& conv, const WeightSteps& steps, const 
                    });
 }
 
-// acc[i] += the convolution at the pixel whose first tap is pixels[i]; VECTORS registers of channels each.
-// LENGTH is taps.length where that is known, else 0: a first layer's runs are too short for a loop.
+// acc[i] += `count` products of what lies at pixels[i] + `at`, VECTORS registers of channels each; where the
+// next weights are. COUNT is `count` where that is known, else 0: a first layer's runs are too short for a
+// loop.
+template <int COUNT, int PIXELS, int VECTORS>
+DLFAST_INLINE const float* accumulate_run(const float* const (&pixels)[PIXELS], int64_t at, int64_t count,
+                                          const float* weight, F (&acc)[PIXELS][VECTORS]) {
+  const auto tap = [&](int64_t i) DLFAST_INLINE_LAMBDA {
+    F w[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) w[v] = load<F>(weight + v * kLanes);
+    weight += kBlock;
+    for (int q = 0; q < PIXELS; ++q) {
+      const F x = broadcast<F>(pixels[q][at + i]);
+      for (int v = 0; v < VECTORS; ++v) acc[q][v] = x * w[v] + acc[q][v];
+    }
+  };
+  if constexpr (COUNT > 0) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < COUNT; ++i) tap(i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) tap(i);
+  }
+  return weight;
+}
+
+// acc[i] += the convolution at the pixel whose first tap is pixels[i]. LENGTH is taps.length.
 template <int LENGTH, int PIXELS, int VECTORS>
 DLFAST_INLINE void accumulate_runs(const Taps& taps, const float* const (&pixels)[PIXELS],
                                    const float* weight, F (&acc)[PIXELS][VECTORS]) {
   for (int64_t r = 0; r < taps.rows; ++r) {
     for (int64_t s = 0; s < taps.per_row; ++s) {
-      const int64_t run = r * taps.row_step + s * taps.col_step;
-      const auto tap = [&](int64_t i) DLFAST_INLINE_LAMBDA {
-        F w[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) w[v] = load<F>(weight + v * kLanes);
-        weight += kBlock;
-        for (int q = 0; q < PIXELS; ++q) {
-          const F x = broadcast<F>(pixels[q][run + i]);
-          for (int v = 0; v < VECTORS; ++v) acc[q][v] = x * w[v] + acc[q][v];
+      weight = accumulate_run<LENGTH>(pixels, r * taps.row_step + s * taps.col_step, LENGTH, weight, acc);
+    }
+  }
+}
+
+// The error of a sum grows with the number of its terms: after so many products a new sum is begun, which
+// keeps that of long ones as small as that of short ones.
+constexpr int64_t kSumTerms = 256;
+
+template <int PIXELS, int VECTORS>
+DLFAST_INLINE void accumulate_in_parts(const Taps& taps, const float* const (&pixels)[PIXELS],
+                                       const float* weight, F (&acc)[PIXELS][VECTORS]) {
+  F total[PIXELS][VECTORS];
+  for (int q = 0; q < PIXELS; ++q) {
+    for (int v = 0; v < VECTORS; ++v) total[q][v] = F{};
+  }
+  int64_t terms = 0;
+  for (int64_t r = 0; r < taps.rows; ++r) {
+    for (int64_t s = 0; s < taps.per_row; ++s) {
+      for (int64_t from = 0; from < taps.length; from += kSumTerms) {
+        const int64_t count = std::min(kSumTerms, taps.length - from);
+        if (terms + count > kSumTerms) {
+          terms = 0;
+          for (int q = 0; q < PIXELS; ++q) {
+            for (int v = 0; v < VECTORS; ++v) {
+              total[q][v] += acc[q][v];
+              acc[q][v] = F{};
+            }
+          }
         }
-      };
-      if constexpr (LENGTH > 0) {
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < LENGTH; ++i) tap(i);
-      } else {
-        for (int64_t i = 0; i < taps.length; ++i) tap(i);
+        weight = accumulate_run<0>(pixels, r * taps.row_step + s * taps.col_step + from, count, weight, acc);
+        terms += count;
       }
     }
+  }
+  for (int q = 0; q < PIXELS; ++q) {
+    for (int v = 0; v < VECTORS; ++v) acc[q][v] += total[q][v];
   }
 }
 
@@ -131,7 +174,7 @@ DLFAST_INLINE void accumulate(const Taps& taps, const float* const (&pixels)[PIX
     case 9:  // three channels, 3x3
       return accumulate_runs<9>(taps, pixels, weight, acc);
     default:
-      return accumulate_runs<0>(taps, pixels, weight, acc);
+      return accumulate_in_parts(taps, pixels, weight, acc);
   }
 }
 

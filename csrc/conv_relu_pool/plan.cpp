@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-#include "conv_relu_pool/speed.h"
+#include "conv_relu_pool/cpu_kind.h"
 
 namespace dlfast {
 namespace {
@@ -83,20 +83,15 @@ std::string_view forced_cpu_plan() {
   return plan == "single" ? "" : plan;
 }
 
-// What a level below the machine's own is slower by: PyTorch's kernels always use the machine's own.
-double level_speed() {
-  constexpr double speeds[] = {1.0, 4.0, 8.0};  // multiply-adds per cycle, in relation
-  return speeds[static_cast<int>(simd_level())] / speeds[static_cast<int>(simd_supported())];
-}
-
 double round_up(double n, double multiple) {
   return static_cast<double>((static_cast<int64_t>(n) + static_cast<int64_t>(multiple) - 1) /
                              static_cast<int64_t>(multiple)) *
          multiple;
 }
 
-// Sizes that the costs are made of; all in elements.
+// What the costs are made of: the CPU, and sizes in elements.
 struct Sizes {
+  CpuKind cpu = planned_cpu();
   double input, weight, z, y;
   double element;  // bytes
   double lanes;
@@ -111,17 +106,17 @@ struct Sizes {
         element(dtype == Dtype::float64   ? 8.0
                 : dtype == Dtype::float32 ? 4.0
                                           : 2.0),
-        lanes(static_cast<double>(cpu_kernels().lanes)),
+        lanes(static_cast<double>(cpu.lanes())),
         in(static_cast<double>(p.conv.group_in())),
         out(static_cast<double>(p.conv.group_out())),
         groups(static_cast<double>(p.conv.groups)),
         taps(static_cast<double>(p.conv.positions())) {}
 };
 
-double pytorch_speed(const ConvBlockParams& p, Dtype dtype, double usual) {
+double pytorch_speed(const CpuKind& cpu, const ConvBlockParams& p, Dtype dtype, double usual) {
   const double few = p.conv.group_in() < kFew ? kPyTorchFewChannels : usual;
   if (dtype == Dtype::bfloat16 || dtype == Dtype::float16) {
-    const double native = products_of_16_bits(dtype);
+    const double native = cpu.products_of_16_bits(dtype);
     return native > 0 ? few * native : kPyTorch16BitSpeed;
   }
   return dtype == Dtype::float64 ? few / 2 : few;
@@ -176,7 +171,7 @@ double winograd_flops(const Sizes& s, double batch, double rows, double cols, do
   const double inputs = in * winograd_rounds(s, in, out, side);
   const double transforms = tiles * side * side * (inputs + out) * kTransformFlops;
   const double weights = s.groups * side * side * in * out * kWinogradPackFlops;
-  return (products / kWinogradSpeed + transforms + weights) / level_speed();
+  return (products / kWinogradSpeed + transforms + weights) / s.cpu.level_speed();
 }
 
 bool accepts_forward(ConvBlockParams p, int64_t winograd, const PlanContext& context) {
@@ -213,7 +208,7 @@ double depthwise_gain(const ConvBlockParams& p, const PlanContext& context, Part
   const Sizes s(p, context.dtype);
   constexpr int64_t kDepthwiseChannels = 32;
   const bool known_kernel = c.kernel[0] == c.kernel[1] && (c.kernel[0] == 3 || c.kernel[0] == 5);
-  if (context.dtype != Dtype::float32 || level_speed() < 1.0 || !known_kernel ||
+  if (context.dtype != Dtype::float32 || s.cpu.level_speed() < 1.0 || !known_kernel ||
       c.in_channels < kDepthwiseChannels || c.dilation[0] != 1 || c.dilation[1] != 1) {
     return 0.0;
   }
@@ -252,9 +247,9 @@ struct Backward {
       : s(p, context.dtype), threads(static_cast<double>(context.threads)), ways(context) {
     own_bytes = (s.input + s.weight + s.y) * s.element + (p.pool.pool == Pool::max ? s.y : 0.0);
     live = relu_only(p) ? kReluDensity * s.y : s.y;
-    listing = kListFlops * s.y / level_speed() + kOwnCall * threads;
+    listing = kListFlops * s.y / s.cpu.level_speed() + kOwnCall * threads;
     ways.add(Path::pytorch,
-             convolution_flops(p.conv) / pytorch_speed(p, context.dtype, kPyTorchBackwardSpeed) +
+             convolution_flops(p.conv) / pytorch_speed(s.cpu, p, context.dtype, kPyTorchBackwardSpeed) +
                  2 * kPyTorchCall * threads,
              own_bytes + (is_alone(p) ? 0.0 : 2 * s.z * s.element));
   }
@@ -262,11 +257,18 @@ struct Backward {
   static bool relu_only(const ConvBlockParams& p) {
     return p.pool.pool == Pool::none && p.pool.activation == Activation::relu;
   }
+  // To lay a contiguous gradient out anew goes number by number in 16 bits: where nothing is pooled that
+  // takes longer than Winograd's method saves if the CPU multiplies 16 bits itself (1.3 to 5 times as long,
+  // Zen 4).
+  bool leave_to_pytorch(const ConvBlockParams& p, Dtype dtype) const {
+    return forced == "epilogue" || (forced == "" && p.pool.pool == Pool::none && !p.pool.channels_last &&
+                                    s.cpu.products_of_16_bits(dtype) > 0.0);
+  }
   bool worth_it() const { return dlfast::worth_it(s, forced); }
   bool worth_listing(const ConvBlockParams& p) const { return worth_it() && (!is_alone(p) || forced != ""); }
   void add_sparse(double speed) {
     const double products = 2.0 * live * s.taps * round_up(s.in, s.lanes);
-    ways.add(Path::sparse, products / (speed * level_speed()) + listing, own_bytes);
+    ways.add(Path::sparse, products / (speed * s.cpu.level_speed()) + listing, own_bytes);
   }
 };
 
@@ -298,7 +300,8 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
   // After the convolution: ReLU alone reads and writes z once more than a pass that pools.
   const double passes = is_alone(p) ? 0.0 : p.pool.pool == Pool::none ? 2.0 : 1.0;
   Candidates ways(context);
-  ways.add(Path::pytorch, flops / pytorch_speed(p, context.dtype, kPyTorchSpeed) + 2 * kPyTorchCall * threads,
+  ways.add(Path::pytorch,
+           flops / pytorch_speed(s.cpu, p, context.dtype, kPyTorchSpeed) + 2 * kPyTorchCall * threads,
            own_bytes + passes * 2 * s.z * s.element);
   if (forced == "epilogue") return ways.choice();
   add_depthwise(ways, p, context, Part::forward, forced);
@@ -306,7 +309,7 @@ Choice plan_forward(const ConvBlockParams& p, const PlanContext& context) {
   if ((!is_alone(p) || forced != "") && accepts_forward(p, 0, context)) {
     const double used = s.out / round_up(s.out, s.lanes);
     ways.add(Path::direct,
-             flops / (kDirectSpeed * used * level_speed()) + s.weight * kPackFlops + kOwnCall * threads,
+             flops / (kDirectSpeed * used * s.cpu.level_speed()) + s.weight * kPackFlops + kOwnCall * threads,
              own_bytes);
   }
   for (const int64_t m : {2, 4}) {
@@ -328,7 +331,7 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   if (const auto choice = planned_elsewhere(p, context, Part::grad_weight)) return *choice;
   Backward b(p, context);
   const Sizes& s = b.s;
-  if (b.forced == "epilogue") return b.ways.choice();
+  if (b.leave_to_pytorch(p, context.dtype)) return b.ways.choice();
   const CpuKernels& kernels = cpu_kernels();
   add_depthwise(b.ways, p, context, Part::grad_weight, b.forced);
   const auto fits = [&](GradWeightWay way) { return grad_weight_fits(p, way, context.dtype, kernels); };
@@ -336,13 +339,14 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
   if (b.worth_listing(p) && fits(GradWeightWay::rows)) {
     const double together = p.conv.dilation[1] == 1 ? static_cast<double>(p.conv.kernel[1]) : 1.0;
     const double products = 2.0 * b.live * s.taps / together * round_up(together * s.in, s.lanes);
-    b.ways.add(Path::rows, products / (kSparseSpeed * level_speed()) + b.listing, b.own_bytes);
+    b.ways.add(Path::rows, products / (kSparseSpeed * s.cpu.level_speed()) + b.listing, b.own_bytes);
   }
   if (b.worth_it() && fits(GradWeightWay::masked)) {
     const double positions = static_cast<double>(p.pool.window_positions());
     const double products =
         2.0 * s.y / s.out * round_up(s.out, s.lanes) * (s.taps * s.in * positions + kMaskedExtra);
-    b.ways.add(Path::masked, products / (kMaskedSpeed * level_speed()) + kOwnCall * b.threads, b.own_bytes);
+    b.ways.add(Path::masked, products / (kMaskedSpeed * s.cpu.level_speed()) + kOwnCall * b.threads,
+               b.own_bytes);
   }
   if (worth_tiles(s, p.conv.output_size, b.forced) && p.pool.pool == Pool::none &&
       accepts_forward(p, 4, context)) {
@@ -357,7 +361,7 @@ Choice plan_grad_weight(const ConvBlockParams& p, const PlanContext& context) {
     b.ways.add(Path::winograd4,
                2.0 * elements * s.in * s.out / kWeightProductSpeed +
                    (elements * (transformed(s.in) + transformed(s.out)) + 2 * sums) * kTransformFlops /
-                       level_speed() +
+                       s.cpu.level_speed() +
                    2 * kPyTorchCall * b.threads,
                b.own_bytes + 2.0 * 4.0 * (elements * (s.in + s.out) + sums));
   }
@@ -374,7 +378,7 @@ Choice plan_grad_input(const ConvBlockParams& p, const PlanContext& context) {
   if (const auto choice = planned_elsewhere(p, context, Part::grad_input)) return *choice;
   Backward b(p, context);
   const Sizes& s = b.s;
-  if (b.forced == "epilogue") return b.ways.choice();
+  if (b.leave_to_pytorch(p, context.dtype)) return b.ways.choice();
   add_depthwise(b.ways, p, context, Part::grad_input, b.forced);
   if (b.worth_listing(p) && grad_input_fits(p, context.dtype)) b.add_sparse(kScatterSpeed);
   if (worth_tiles(s, p.conv.input_size, b.forced) && p.pool.pool == Pool::none &&

@@ -1,7 +1,6 @@
 #include "conv_relu_pool/speed.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 
 #include <algorithm>
 #include <chrono>
@@ -29,19 +28,6 @@ double best_seconds(const Body& body) {
   return best;
 }
 
-// The tiles of AMX hold 16 times the products of a vector, but are fed from memory; a vector holds twice as
-// many halves. By the instruction sets, measured on none of them.
-constexpr double kTiles = 8.0, kVectors = 2.0;
-
-double products_by(const char* tiles, const char* vectors) {
-  const auto& capabilities = at::cpu::get_cpu_capabilities();
-  const auto has = [&](const char* name) {
-    const auto found = capabilities.find(name);
-    return found != capabilities.end() && found->second.isBool() && found->second.toBool();
-  };
-  return has(tiles) ? kTiles : has(vectors) ? kVectors : 0.0;
-}
-
 }  // namespace
 
 double peak_flops() {
@@ -65,12 +51,6 @@ double peak_bandwidth() {
     std::memcpy(from + kBytes, from, kBytes);
   });
   return 2.0 * static_cast<double>(threads * kBytes) / seconds;
-}
-
-double products_of_16_bits(Dtype dtype) {
-  static const double bfloat16 = products_by("amx_bf16", "avx512_bf16");
-  static const double float16 = products_by("amx_fp16", "avx512_fp16");
-  return dtype == Dtype::bfloat16 ? bfloat16 : dtype == Dtype::float16 ? float16 : 0.0;
 }
 
 }  // namespace dlfast

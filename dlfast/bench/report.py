@@ -74,10 +74,11 @@ def print_errors(errors: list[Error]) -> None:
     from rich.table import Table
 
     table = Table(title="largest difference from float64 over the largest value, 3x3 convolution")
-    for heading in ("channels", "dtype", "part", "way", "error", "of PyTorch's"):
+    for heading in ("channels", "dtype", "part", "way", "error", "of PyTorch's", "promised"):
         table.add_column(heading, justify="right")
     for e in errors:
-        table.add_row(str(e.channels), e.dtype, e.part, e.way, f"{e.relative:.1e}", f"{e.of_pytorch:.1f}x")
+        promised = "" if e.promised is None else f"{e.promised:.1e}"
+        table.add_row(str(e.channels), e.dtype, e.part, e.way, f"{e.relative:.1e}", f"{e.of_pytorch:.1f}x", promised)
     Console().print(table)
 
 

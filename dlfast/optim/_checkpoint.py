@@ -87,7 +87,7 @@ class Checkpoint(torch.optim.Optimizer):
                 if not entry or not isinstance(entry, dict):
                     continue
                 kept = self._saved_entry(p, entry)
-                step = kept.get("step")
+                step = kept.get("step") if self._counts_steps else None
                 if isinstance(step, Tensor) and step.device.type != "cpu" and not on_device:
                     kept = {**kept, "step": step.cpu()}
                 if kept:

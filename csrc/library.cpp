@@ -5,10 +5,10 @@
 
 #include "bn_relu_pool/tensors_state.h"
 #include "common/simd.h"
-#include "conv_relu_pool/cpu_kind.h"
 #include "conv_relu_pool/measure_block.h"
 #include "conv_relu_pool/measure_cuda.h"
 #include "conv_relu_pool/op.h"
+#include "conv_relu_pool/plan_cpu_kind.h"
 #include "conv_relu_pool/speed.h"
 #include "optim/op_plan.h"
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-#include "conv_relu_pool/cpu_kind.h"
+#include "conv_relu_pool/plan_cpu_kind.h"
 
 namespace dlfast {
 namespace {

@@ -1,4 +1,4 @@
-#include "conv_relu_pool/cpu_kind.h"
+#include "conv_relu_pool/plan_cpu_kind.h"
 
 #include <ATen/cpu/Utils.h>
 

@@ -54,7 +54,7 @@ def test_finds_a_mistake(mistake, monkeypatch):
 
         def wrong(run, input):
             other.to(input.dtype).train(run.bn.layer.training)
-            with mock.patch.object(run.bn, "_layer", lambda: other):
+            with mock.patch.object(run.bn, "_layer", return_value=other):
                 return whole(run, input)
 
         monkeypatch.setattr(ChainRun, "_fused", wrong)

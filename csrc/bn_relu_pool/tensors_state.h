@@ -9,10 +9,10 @@
 
 namespace dlfast {
 
-// Addresses prove nothing: a tensor that is made anew on every call lands where the last one was. Every tensor
-// has a counter of its versions, which its views share and nobody else has. It is held here, so that no other
-// can take its place, and so is the memory's entry, weakly. Neither is a reference to the tensor: it is freed
-// and swapped (torch.utils.swap_tensors) as if nobody looked.
+// Addresses prove nothing: a tensor that is made anew on every call lands where the last one was. Every
+// tensor has a counter of its versions, which its views share and nobody else has. It is held here, so that
+// no other can take its place, and so is the memory's entry, weakly. Neither is a reference to the tensor: it
+// is freed and swapped (torch.utils.swap_tensors) as if nobody looked.
 //
 // Counter and version tell of every change that PyTorch's operators make. What is written through `.data`
 // leaves no trace there, so that of tensors on the CPU numbers are compared as well: all of a vector and of

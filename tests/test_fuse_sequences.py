@@ -1,6 +1,6 @@
 """Random sequences of what users do, to a plain model and to the fused one: after each, the two agree.
 
-``DLFAST_SEQUENCES`` says how many sequences; `.ci/nightly` sets a hundred thousand.
+``DLFAST_SEQUENCES`` says how many sequences, a thousand if not; `.ci/nightly` sets a hundred thousand.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dlfast.fusion import NotFusedWarning
 pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
 
 SEQUENCES = int(os.environ.get("DLFAST_SEQUENCES", "1000"))
+PARTS = 4
 # Shrinking a failure takes minutes: only where one looks for its cause.
 PHASES = list(Phase) if os.environ.get("DLFAST_SHRINK") else [Phase.explicit, Phase.generate]
 PREPARED: dict[str, tuple[nn.Module, nn.Module]] = {}
@@ -136,13 +137,14 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")
-def test_a_fused_model_follows_whatever_is_done_to_it():
+@pytest.mark.parametrize("part", range(PARTS))  # for as many processes
+def test_a_fused_model_follows_whatever_is_done_to_it(part):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotFusedWarning)
         run_state_machine_as_test(
             SideBySide,
             settings=settings(
-                max_examples=SEQUENCES, stateful_step_count=8, deadline=None, database=None,
+                max_examples=SEQUENCES // PARTS, stateful_step_count=8, deadline=None, database=None,
                 suppress_health_check=list(HealthCheck), print_blob=False, report_multiple_bugs=False,
                 phases=PHASES,
             ),

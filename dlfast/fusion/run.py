@@ -100,6 +100,7 @@ class ChainRun(Run):
     ) -> None:
         self.conv, self.bn = conv, bn
         self.window, self.adaptive = window, adaptive
+        self._options = window.options()
         self._dropouts = [link for link in others if link.kind is nn.Dropout2d]
         self.fold = Fold()
         self._after = dict(after)
@@ -125,8 +126,10 @@ class ChainRun(Run):
         # Without a batch Dropout2d zeroes rows: not the same before a maximum and after it.
         if self._dropouts and input.dim() == 3 and any(link.layer.training for link in self._dropouts):
             return False
-        if self.conv is not None and type(self.conv.layer.weight) not in (nn.Parameter, Tensor):
-            return False
+        if self.conv is not None:
+            weight, _ = _weight_and_bias(self.conv.layer)
+            if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+                return False
         return input.dtype in DTYPES and input.layout is torch.strided
 
     def _fused(self, input: Tensor) -> Tensor:
@@ -134,16 +137,25 @@ class ChainRun(Run):
         bn: Any = None if self.bn is None else self.bn.layer
         window = self.window
         if conv is None:
-            return relu_pool2d(input, **window.options()) if bn is None else normalise(bn, input, window)
+            return relu_pool2d(input, **self._options) if bn is None else normalise(bn, input, window)
         if bn is not None:
             return convolve_and_normalise(conv, bn, input, window, self.fold)
-        if self.adaptive is not None:
-            size = ordinary(self.adaptive, tuple(convolved(conv, input.shape)[-2:]))
-            if size is None:
-                z = convolve(conv, input, conv.weight, conv.bias, replace(window, pool=None).options())
-                return pool(z, window, self.adaptive)
-            window = replace(window, pool_size=size, pool_stride=size)
-        return convolve(conv, input, conv.weight, conv.bias, window.options())
+        weight, bias = _weight_and_bias(conv)
+        if self.adaptive is None:
+            return convolve(conv, input, weight, bias, self._options)
+        size = ordinary(self.adaptive, tuple(convolved(conv, input.shape)[-2:]))
+        if size is None:
+            z = convolve(conv, input, weight, bias, replace(window, pool=None).options())
+            return pool(z, window, self.adaptive)
+        return convolve(conv, input, weight, bias, replace(window, pool_size=size, pool_stride=size).options())
+
+
+def _weight_and_bias(conv: nn.Module) -> tuple[Any, Any]:
+    """Read as `nn.Module` reads them, which takes longer than the rest of a look at a layer."""
+    own = conv._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return conv.weight, conv.bias
 
 
 class PooledChainRun(ChainRun):

@@ -23,7 +23,7 @@ Self = TypeVar("Self", bound="ConvBNReLUPool2d")
 
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     """Whether `bn` normalises with the statistics of the batch, as its own forward decides."""
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+    return bn.training or (bn._buffers["running_mean"] is None and bn.running_var is None)
 
 
 def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:

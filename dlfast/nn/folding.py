@@ -30,9 +30,16 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
 
 
-def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> list[Tensor]:
-    tensors = [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
-    return [tensor for tensor in tensors if tensor is not None]
+def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """What a fold is made of, read as `nn.Module` reads it, which takes longer by itself than all else in a look."""
+    own, affine, statistics = conv._parameters, bn._parameters, bn._buffers
+    try:
+        return (
+            own["weight"], own["bias"], affine["weight"], affine["bias"], statistics["running_mean"],
+            statistics["running_var"],
+        )  # fmt: skip
+    except KeyError:  # a tensor that somebody computes stands elsewhere
+        return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 class Fold:
@@ -45,27 +52,31 @@ class Fold:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._of: tuple[bool, bool, bool, bool, float] | None = None
-        self._state: Any = None
+        self.drop()
 
     def drop(self) -> None:
         """Forget the folded tensors."""
-        self._kept = self._of = self._state = None
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._there: list[bool] = []  # which of the tensors there were
+        self._eps = 0.0
+        self._state: Any = None
 
     def tensors(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
         """The folded weight and bias, kept or made now; None where somebody asks for gradients of what they are
         made of, which lead through `conv` and `bn` themselves."""
-        tensors = _tensors(conv, bn)
+        places = _tensors(conv, bn)
+        tensors = [tensor for tensor in places if tensor is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None
-        if native.module is None or not _may_keep(tensors):
+        if native.module is None or _is_watched(tensors[0]):
             return fold(conv, bn)
-        of = (conv.bias is None, bn.weight is None, bn.bias is None, bn.running_mean is None, bn.eps)
-        if self._kept is None or self._of != of or not self._state.holds(tensors):
+        there = [tensor is not None for tensor in places]
+        if self._kept is None or self._eps != bn.eps or self._there != there or not self._state.holds(tensors):
+            if not all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors):
+                return fold(conv, bn)
             with torch.inference_mode(False), torch.no_grad():
                 state = native.module.TensorsState(tensors)
-                self._kept, self._of, self._state = fold(conv, bn), of, state
+                self._kept, self._there, self._eps, self._state = fold(conv, bn), there, bn.eps, state
         return self._kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,17 +86,15 @@ class Fold:
         self.drop()
 
 
-def _may_keep(tensors: list[Tensor]) -> bool:
-    """Not while somebody traces or looks on, on tensors that are not plain, or that count no versions.
+def _is_watched(weight: Tensor) -> bool:
+    """Whether somebody traces or looks on, who must see the fold being made.
 
     In a CUDA graph that is captured the fold is part of the graph, and its tensors belong to it.
     """
-    if (
+    return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
-    ):
-        return False
-    return all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)
+        or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

@@ -253,6 +253,19 @@ def test_example_inputs_leave_the_model_as_it_was():
         assert torch.equal(value, state[key])
 
 
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_layer_that_is_not_initialised(examples):
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.MaxPool2d(2))
+    with pytest.warns(NotFusedWarning, match="its LazyConv2d '0' is not initialised: run the model once first"):
+        assert dlfast.fuse(model, x if examples else None) is model
+    model(x)
+    fused = dlfast.fuse(model, x if examples else None)
+    with recorded() as ran:
+        torch.testing.assert_close(fused(x), model(x))
+    assert ran == [CONV_BN]
+
+
 @pytest.mark.parametrize("where", ["meta", "scripted", "fused"])
 def test_unusual_models_come_back_unchanged(where):
     model: nn.Module = Plain()

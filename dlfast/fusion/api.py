@@ -15,7 +15,7 @@ from dlfast.fusion.generate import CannotRewrite, of_nodes, run_name, with_calls
 from dlfast.fusion.guard import Guard
 from dlfast.fusion.layers import Link
 from dlfast.fusion.run import ChainRun, NotFusedWarning, PooledCall, PooledChainRun, Run
-from dlfast.fusion.survey import Survey, survey
+from dlfast.fusion.survey import Survey, survey, unfit
 from dlfast.fusion.tracing import Level
 
 M = TypeVar("M", bound=nn.Module)
@@ -146,7 +146,7 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
 
 def look(model: nn.Module, inputs: tuple[Any, ...] | None) -> Survey:
     """The survey of `model`, planned for `inputs` where there are any."""
-    return survey(model, None if inputs is None else shapes_of(model, inputs))
+    return survey(model, None if inputs is None or unfit(model) else shapes_of(model, inputs))
 
 
 def share(model: M) -> M:

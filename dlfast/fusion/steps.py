@@ -88,8 +88,6 @@ def _of_module(node: fx.Node, module: nn.Module) -> Step:
     why_not = oddity(module)
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         return Step("conv", node, module, why_not=extras_of(module) or why_not)
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return Step("other", node, module, why_not="it is not initialised: run the model once before")
     if kind is nn.BatchNorm2d:
         return Step("bn", node, module, why_not=why_not)
     if isinstance(module, nn.ReLU) and kind is nn.ReLU:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from dlfast.fusion.chain import Chain, chains_of, extend
 from dlfast.fusion.forward import is_put
@@ -47,7 +48,7 @@ class Survey:
 
 def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
     """Find the chains of `model`; `shapes` are the inputs of its layers where example inputs were given."""
-    found = Survey(why_not=_unfit(model))
+    found = Survey(why_not=unfit(model))
     if found.why_not:
         return found
     found.levels = [trace(name, module) for name, module in model.named_modules() if _has_own_forward(module)]
@@ -91,7 +92,7 @@ def _calls(levels: Iterable[Level]) -> dict[int, dict[str, int]]:
     return counted
 
 
-def _unfit(model: nn.Module) -> str:
+def unfit(model: nn.Module) -> str:
     """Why nothing in `model` may be fused."""
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -100,6 +101,9 @@ def _unfit(model: nn.Module) -> str:
             return "it is quantised, or prepared for it"
         if is_put(module):
             return "it is already fused"
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc, no-untyped-call]
+            return f"its {type(module).__name__} {name!r} is not initialised: run the model once first"
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device.type for tensor in tensors}
     if "meta" in devices:

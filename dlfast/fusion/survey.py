@@ -102,7 +102,7 @@ def unfit(model: nn.Module) -> str:
         if is_put(module):
             return "it is already fused"
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc, no-untyped-call]
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             return f"its {type(module).__name__} {name!r} is not initialised: run the model once first"
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device.type for tensor in tensors}

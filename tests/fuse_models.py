@@ -32,6 +32,12 @@ def recorded() -> Iterator[list[str]]:
         yield ran
 
 
+def runs_fused(model: nn.Module, x: torch.Tensor) -> bool:
+    with recorded() as ran, torch.no_grad():
+        model(x)
+    return bool(ran)
+
+
 def example_of(model: nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(getattr(model, "example", (2, 3, 20, 20)), generator=generator)

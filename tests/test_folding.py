@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 
 import pytest
 import torch
+from fuse_models import runs_fused
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 
 import dlfast
 from dlfast._native import native
+from dlfast.nn.folding import Fold
 
 needs_native = pytest.mark.skipif(native.module is None, reason="needs the compiled extension")
 
@@ -157,3 +163,88 @@ def test_on_cuda_a_tensor_made_anew_is_another():
             z = nn.functional.conv2d(x, weight, layer.bias)
             torch.testing.assert_close(have, z / math.sqrt(1 + 1e-5), rtol=1e-3, atol=1e-3)
             del weight
+
+
+# ---- In fused models ------------------------------------------------------------------------------------------
+
+
+def folded_model():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    return dlfast.fuse(plain), plain, torch.randn(2, 8, 8, 8)
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore::dlfast.NotFusedWarning")
+def test_a_weight_that_is_made_anew_at_every_call():
+    """It lands where the last one was: an address proves nothing."""
+    fused, plain, x = folded_model()
+    for number in range(40):
+        mask = torch.ones(8, 8, 3, 3)
+        mask.view(-1)[number * 13] = 0
+        with torch.no_grad():
+            for model in (fused, plain):
+                prune.custom_from_mask(model[0], "weight", mask)
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+def test_weights_given_for_one_call():
+    fused, plain, x = folded_model()
+    assert runs_fused(fused, x)
+    with torch.no_grad():
+        for number in range(40):
+            weight = plain[0].weight.clone()
+            weight.view(-1)[number * 13] += 1
+            given = {"0.weight": weight}
+            have, want = (torch.func.functional_call(model, given, (x,)) for model in (fused, plain))
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+            del weight, given
+
+
+@needs_native
+def test_a_fold_is_kept_while_it_is_true_and_no_longer():
+    _, plain, _ = folded_model()
+    conv, bn = plain[0], plain[1]
+    fold = Fold()
+    with torch.no_grad():
+        kept = fold.tensors(conv, bn)
+        assert fold.tensors(conv, bn)[0] is kept[0]
+        same = copy.deepcopy(conv)
+        assert fold.tensors(same, bn)[0] is not kept[0]  # equal in all numbers, but another tensor
+        kept = fold.tensors(conv, bn)
+        conv.weight.data = conv.weight.data.clone()
+        assert fold.tensors(conv, bn)[0] is not kept[0]
+
+
+@needs_native
+def test_a_fold_does_not_hold_what_it_is_made_of():
+    """Neither against being freed nor against being swapped."""
+    conv, bn, fold = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), Fold()
+    with torch.no_grad():
+        fold.tensors(conv, bn)
+    other = nn.Parameter(torch.randn_like(conv.weight))
+    torch.utils.swap_tensors(conv.weight, other)
+    gone = weakref.ref(conv.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(fold.tensors(conv, bn), Fold().tensors(conv, bn))
+    del other
+    conv.weight = None
+    assert gone() is None
+
+
+@needs_native
+def test_nothing_that_a_mode_makes_is_kept():
+    fused, plain, x = folded_model()
+    (chain,) = fused.forward.chains
+    with torch.no_grad():
+        graph = make_fx(fused)(x)
+        assert chain.fold._kept is None
+        fused[0].weight.mul_(2)
+        torch.testing.assert_close(graph(x), plain(x), rtol=1e-4, atol=1e-5)  # the graph follows the weights
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fused(mode.from_tensor(x))
+        assert chain.fold._kept is None
+    with torch.inference_mode():
+        fused(x)
+    assert not any(t.is_inference() for t in chain.fold._kept)

@@ -52,7 +52,7 @@ def outcome(way, model: nn.Module, number: int):
     dtype = next((p.dtype for p in model.parameters()), torch.float64)
     x = torch.randn(IMAGES, generator=torch.Generator().manual_seed(number), dtype=torch.float64).to(dtype)
     x.requires_grad_(number % 2 == 0)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)  # of all devices takes longer than the model
     model.zero_grad()
     try:
         output = way(model, x)
@@ -83,8 +83,8 @@ def assert_same(have, want, tolerance: float) -> None:
     for one, other in zip(have, want, strict=True):
         if one is None or other is None:
             assert one is other
-        else:
-            torch.testing.assert_close(one, other, rtol=0, atol=tolerance, equal_nan=True)
+        elif not (one.shape == other.shape and one.dtype is other.dtype and (one - other).abs().max() <= tolerance):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance, equal_nan=True)  # NaN, or to tell where
 
 
 class SideBySide(RuleBasedStateMachine):
@@ -97,19 +97,15 @@ class SideBySide(RuleBasedStateMachine):
     def start(self, make, training):
         self.plain, self.fused = (model.train(training) for model in prepared(make))
 
-    @rule(action=st.sampled_from(ACTIONS), index=st.integers(0, 400))
+    @rule(action=st.sampled_from([*ACTIONS, *COPIES]), index=st.integers(0, 400))
     def do(self, action, index):
         if self.over:
             return
-        done(action, (self.plain, index), (self.fused, index))
+        if action in COPIES:
+            self.plain, self.fused = done(action, (self.plain,), (self.fused,)) or (self.plain, self.fused)
+        else:
+            done(action, (self.plain, index), (self.fused, index))
         self.run_both(WAYS[0], index)
-
-    @rule(action=st.sampled_from(COPIES))
-    def copy(self, action):
-        if self.over:
-            return
-        self.plain, self.fused = done(action, (self.plain,), (self.fused,)) or (self.plain, self.fused)
-        self.run_both(WAYS[0], 1)
 
     @rule(way=st.sampled_from(WAYS), seed=st.integers(0, 7))
     def run_both(self, way, seed):

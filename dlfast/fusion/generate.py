@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import fx
@@ -38,10 +39,16 @@ def compiled(source: Source, runs: Mapping[str, Any], label: str) -> Callable[..
     """The function of `source`, which finds the chains of a forward in `runs`."""
     scope: dict[str, Any] = {name: _load(place) for name, place in source.names.items()}
     scope.update(runs)
-    exec(compile(source.text, label, "exec"), scope)
+    exec(_code_of(source.text, label), scope)
     # Its globals must not lead back to it: nobody would free them but the garbage collector.
     function: Callable[..., Any] = scope.pop("forward")
     return function
+
+
+@functools.lru_cache(maxsize=1024)
+def _code_of(text: str, label: str) -> CodeType:
+    """Kept, since every copy of a model needs it again."""
+    return compile(text, label, "exec")
 
 
 def with_calls(graph: fx.Graph, chains: Mapping[int, list[fx.Node]]) -> Source:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dlfast.fusion.layers import layer_at
 from dlfast.fusion.source import MISSING, Findings, value_at
 from dlfast.fusion.tracing import Level
 
@@ -63,11 +64,11 @@ class Guard:
             if getattr(kind, method, MISSING) is not function or (method != "forward" and method in own):
                 return f"{name}.{method} was replaced"
         for path, keys in self.keys.items():
-            container = _at(module, path)
+            container = layer_at(module, path)
             if container is None or list(container._modules) != keys:
                 return f"the children of {'.'.join((name, *path))} are others now"
         for path, layer in self.aliases:
-            if _at(module, path) is not layer:
+            if layer_at(module, path) is not layer:
                 return f"{'.'.join((name, *path))} is another layer now"
         for (owner, variable), value in self.globals.items():
             now = getattr(sys.modules.get(owner), variable, MISSING)
@@ -81,13 +82,6 @@ class Guard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_functions": {}}
-
-
-def _at(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    found: nn.Module | None = module
-    for name in path:
-        found = None if found is None else found._modules.get(name)
-    return found
 
 
 def _containers(module: nn.Module, called: set[str], findings: Findings) -> dict[tuple[str, ...], list[str]]:
@@ -105,7 +99,7 @@ def _containers(module: nn.Module, called: set[str], findings: Findings) -> dict
 
 def _only_lists(module: nn.Module, path: tuple[str, ...]) -> bool:
     """Whether everything on the way to the end of `path` is a list, which a forward may go through."""
-    return all(isinstance(_at(module, path[: length + 1]), LISTS) for length in range(len(path)))
+    return all(isinstance(layer_at(module, path[: length + 1]), LISTS) for length in range(len(path)))
 
 
 def _aliases(module: nn.Module, called: set[str]) -> list[tuple[tuple[str, ...], nn.Module]]:

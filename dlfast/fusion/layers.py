@@ -31,7 +31,15 @@ OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Dropout2d: (),
     nn.Identity: (),
 }
-NOTHING: dict[str, Any] = {}
+NOTHING: dict[str, Any] = {}  # what hooks and children must equal
+
+
+def layer_at(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    """The layer at `path` from `module` as it is now, or None."""
+    found: nn.Module | None = module
+    for name in path:
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 class Link:
@@ -92,10 +100,7 @@ class Link:
         return all(getattr(self.layer, name) == value for name, value in self.options.items())
 
     def _found(self, module: nn.Module) -> nn.Module | None:
-        found: nn.Module | None = module
-        for name in self.path:
-            found = None if found is None else found._modules.get(name)
-        return found
+        return layer_at(module, self.path)
 
     def forget_unless_found(self, module: nn.Module) -> None:
         """Before a copy is made, which must not hold what is no longer a part of `module`."""

@@ -1,7 +1,7 @@
 """What building the CUDA side takes: the toolkit, the compiler's flags, the architectures.
 
-setup.py builds the extension with it and .ci/inspect_cuda its machine code, so that what is inspected is what
-is shipped. Call `choose_toolkit` before torch.utils.cpp_extension is imported: that looks for a toolkit itself.
+setup.py builds the extension with it and the inspection of machine code uses the same flags, so that what is inspected
+is what is shipped. Call `choose_toolkit` before torch.utils.cpp_extension is imported: that looks for a toolkit itself.
 """
 
 import importlib.util
@@ -9,16 +9,108 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 USUAL_TOOLKIT = Path("/usr/local/cuda")
-NVCC_FLAGS = ["-O3", "-lineinfo", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]
-# The newest architecture also gets PTX, so that later GPUs can run the binary.
+# What decides about the machine code.
+NVCC_FLAGS = ["-O3", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]
+# And how it is packed into the library.
+PACKING_FLAGS = ["-Xfatbin=-compress-all"]
+# What is built where nothing else is asked for and no GPU is visible: one binary for all GPUs, as wheels have it. The
+# newest architecture also gets PTX, so that later GPUs can run the binary.
 DEFAULT_ARCHS = {
     11: "7.5;8.0;8.6+PTX",
     12: "7.5;8.0;8.6;8.9;9.0+PTX",
     13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX",
 }
+
+
+@dataclass(frozen=True)
+class CudaChoice:
+    """For which GPUs CUDA code is built, as TORCH_CUDA_ARCH_LIST names them ("": none), and why, in a few words."""
+
+    archs: str
+    why: str
+
+
+def choose_archs(asked: bool | None, listed: str, torch_cuda: str | None, nvcc: tuple[int, int] | None) -> CudaChoice:
+    """What the environment asks for (DLFAST_CUDA, or None; TORCH_CUDA_ARCH_LIST, or ""); else the GPUs that are here.
+
+    Ends the program where CUDA is asked for and cannot be built.
+    """
+    if asked is False:
+        return CudaChoice("", "DLFAST_CUDA=0")
+    if torch_cuda is None or nvcc is None:
+        no_nvcc = "no nvcc was found (CUDA_HOME, PATH, or the extra cuda-build)"
+        lacking = "this torch was built without CUDA" if torch_cuda is None else no_nvcc
+        if asked:
+            sys.exit(f"dlfast: DLFAST_CUDA=1, but {lacking}")
+        gpus = visible_gpus()
+        seen = f"a GPU of compute capability {' and '.join(gpus)} is visible, but" if gpus else "no GPU is visible, and"
+        return CudaChoice("", f"{seen} {lacking}")
+    every = DEFAULT_ARCHS.get(nvcc[0], DEFAULT_ARCHS[max(DEFAULT_ARCHS)])
+    if listed and listed != "native":
+        return CudaChoice(listed, "TORCH_CUDA_ARCH_LIST")
+    gpus = visible_gpus()
+    if own := archs_of(gpus, every):
+        return CudaChoice(own, f"what the visible GPU needs, {' and '.join(gpus)}; TORCH_CUDA_ARCH_LIST chooses others")
+    seen = f"the visible GPU, {' and '.join(gpus)}, is too old" if gpus else "no GPU is visible"
+    if listed == "native":
+        sys.exit(f"dlfast: TORCH_CUDA_ARCH_LIST=native, but {seen}")
+    if asked:
+        return CudaChoice(every, "DLFAST_CUDA=1; TORCH_CUDA_ARCH_LIST chooses others")
+    return CudaChoice("", f"{seen}; DLFAST_CUDA=1 builds for {every}, TORCH_CUDA_ARCH_LIST chooses")
+
+
+def visible_gpus() -> list[str]:
+    """Compute capabilities of the GPUs in this machine, as "9.0", each once: as nvidia-smi has them, else torch."""
+    return _gpus_of_driver() or _gpus_of_torch()
+
+
+def _gpus_of_driver() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    # Without a driver, or where it is too old to know the question, it answers in prose.
+    return in_order(line.strip() for line in said.splitlines())
+
+
+def _gpus_of_torch() -> list[str]:
+    import torch
+
+    try:
+        found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError:  # a driver that does not start
+        return []
+    return in_order(f"{major}.{minor}" for major, minor in found)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Those that are compute capabilities, each once, the oldest first."""
+    return sorted({name for name in names if re.fullmatch(r"\d+\.\d", name)}, key=number)
+
+
+def number(arch: str) -> tuple[int, int]:
+    major, minor = arch.removesuffix("+PTX").split(".")
+    return int(major), int(minor)
+
+
+def archs_of(gpus: list[str], every: str) -> str:
+    """The part of `every` that these GPUs need, or "". A GPU that is not in it runs the PTX of the newest before it."""
+    known = [arch.removesuffix("+PTX") for arch in every.split(";")]
+    chosen: dict[str, str] = {}
+    for gpu in gpus:
+        older = [arch for arch in known if number(arch) <= number(gpu)]
+        if older and older[-1] == gpu:
+            chosen.setdefault(gpu, gpu)
+        elif older:
+            chosen[older[-1]] = f"{older[-1]}+PTX"
+    return ";".join(chosen[arch] for arch in known if arch in chosen)
 
 
 def wheel_folders() -> list[Path]:

@@ -2,7 +2,9 @@
 
 Environment variables read here (all optional):
   DLFAST_NATIVE=0|1     0 installs the pure PyTorch package and compiles nothing (default 1)
-  DLFAST_CUDA=0|1       default: 1 if torch was built for CUDA and nvcc is found
+  DLFAST_CUDA=0|1       0 builds no CUDA code; 1 builds it, for all GPUs where none is visible and none is named
+                        (default: for the GPUs that are visible, or named by TORCH_CUDA_ARCH_LIST)
+  DLFAST_LINEINFO=0|1   1 keeps line numbers in CUDA code, for profilers and compute-sanitizer (default 0)
   DLFAST_SANITIZE=0|1   1 builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, and the kernels of
                         AVX-512 in AVX2 instructions (default 0)
   TORCH_CUDA_ARCH_LIST  GPU architectures, as for any torch extension
@@ -64,7 +66,9 @@ def native_extension(cuda: bool):
         ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if flag("DLFAST_SANITIZE", False) else []
     )
     # And with the kernels of AVX-512 in AVX2 instructions, so that every CPU with these runs them.
-    level = ["-O1", "-g", "-fno-omit-frame-pointer", "-DDLFAST_WIDE_ON_AVX2"] if sanitize else ["-O3"]
+    level = ["-O1", "-g", "-fno-omit-frame-pointer", "-DDLFAST_WIDE_ON_AVX2"] if sanitize else ["-O3", "-g0"]
+    # Python's own flags may ask for -g, which makes the library many times as large; the table of symbols stays.
+    link_args = sanitize or (["-Wl,--strip-debug"] if sys.platform.startswith("linux") else [])
     compile_args = {"cxx": [*level, "-fno-math-errno", *sanitize, *openmp, *WARNINGS, *system]}
     if not cuda:
         return cpp_extension.CppExtension(
@@ -72,34 +76,41 @@ def native_extension(cuda: bool):
             sources(".cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=compile_args,
-            extra_link_args=sanitize,
+            extra_link_args=link_args,
         )
     compile_args["cxx"].append("-DDLFAST_WITH_CUDA")
-    compile_args["nvcc"] = cuda_build.NVCC_FLAGS
+    lineinfo = ["-lineinfo"] if flag("DLFAST_LINEINFO", False) else []
+    compile_args["nvcc"] = [*cuda_build.NVCC_FLAGS, *cuda_build.PACKING_FLAGS, *lineinfo]
     return cpp_extension.CUDAExtension(
         "dlfast._C",
         sources(".cpp", ".cu"),
         include_dirs=[str(ROOT / "csrc"), *cuda_build.wheel_include_dirs()],
         library_dirs=cuda_build.runtime_link_dirs(cpp_extension.CUDA_HOME, ROOT / "build"),
         extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+
+
+def cuda_choice() -> cuda_build.CudaChoice:
+    return cuda_build.choose_archs(
+        flag("DLFAST_CUDA", False) if "DLFAST_CUDA" in os.environ else None,
+        os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+        torch.version.cuda,
+        cuda_build.nvcc_version(cpp_extension.CUDA_HOME),
     )
 
 
 native = flag("DLFAST_NATIVE", True)
-nvcc = cuda_build.nvcc_version(cpp_extension.CUDA_HOME)
-cuda = native and flag("DLFAST_CUDA", torch.version.cuda is not None and nvcc is not None)
-if cuda and (torch.version.cuda is None or nvcc is None):
-    no_nvcc = "no nvcc was found (CUDA_HOME, PATH, or from the extra cuda-build)"
-    lacking = "this torch was built without CUDA" if torch.version.cuda is None else no_nvcc
-    sys.exit(f"dlfast: DLFAST_CUDA=1, but {lacking}")
+choice = cuda_choice() if native else cuda_build.CudaChoice("", "DLFAST_NATIVE=0")
+cuda = choice.archs != ""
 if cuda:
-    archs = cuda_build.DEFAULT_ARCHS
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs.get(nvcc[0], archs[max(archs)]))
+    os.environ["TORCH_CUDA_ARCH_LIST"] = choice.archs
 
 BUILD_INFO = {
     "native": native,
     "cuda": cuda,
-    "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "",
+    "cuda_archs": choice.archs,
+    "cuda_why": choice.why,
     "cuda_code": cuda_build.code_of(cpp_extension._get_cuda_arch_flags()) if cuda else [],
     "cuda_version": torch.version.cuda if cuda else None,
     "torch_version": torch.__version__,
@@ -110,10 +121,10 @@ def record_build(package: Path) -> None:
     """Lets `import dlfast` tell a missing or stale binary before it tries to load one."""
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build_info.json").write_text(json.dumps(BUILD_INFO, indent=2) + "\n")
-    backends = "CPU" if native else "pure PyTorch only (DLFAST_NATIVE=0)"
+    backends = "CPU" if native else "pure PyTorch only"
     if cuda:
-        backends += f" + CUDA {torch.version.cuda} ({BUILD_INFO['cuda_archs']})"
-    print(f"dlfast: built for torch {torch.__version__}: {backends}", flush=True)
+        backends += f" + CUDA {torch.version.cuda} for {choice.archs}"
+    print(f"dlfast: built for torch {torch.__version__}: {backends} ({choice.why})", flush=True)
 
 
 class BuildExtension(cpp_extension.BuildExtension):

@@ -28,8 +28,9 @@ test-all: test
 	.ci/cpus
 	DLFAST_ZOO=all $(BIN)/python -m pytest -n auto tests/test_fuse_zoo.py
 
+# `make bench TARGETS="layers"` measures something else; benchmarks/README.md has the list.
 bench: env
-	$(BIN)/dlfast bench
+	$(BIN)/dlfast bench --out benchmarks/results $(TARGETS)
 
 # On a machine with a GPU; the report goes to bench/.
 gpu-check: env

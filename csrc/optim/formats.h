@@ -16,7 +16,7 @@
 
 #include <cstring>
 
-#include "common/philox.h"
+#include "core/philox.h"
 #include "optim/step.h"
 
 namespace dlfast::optim {

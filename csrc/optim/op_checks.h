@@ -5,12 +5,12 @@
 
 #include <vector>
 
-#include "optim/op_plan.h"
+#include "optim/op_step.h"
 
 namespace dlfast::optim {
 
-// Refuses, naming it, what a step cannot take of an item that is the `index`-th of its plan, beside the
-// gradient, which may be another at every step: Plan::holds says whether it fits.
+// Refuses, naming it, what a step cannot take of an item that is the `index`-th of its step, beside the
+// gradient, which may be another at every step: PreparedStep::holds says whether it fits.
 void check_item(const Item& item, size_t index, const at::Tensor& first);
 
 // Whether the elements of both lie in memory in the same order, for a `param` without gaps.

@@ -11,9 +11,9 @@
 #include <memory>
 #include <optional>
 
-#include "optim/launch.h"
+#include "optim/cuda/step.h"
 #include "optim/op_layouts.h"
-#include "optim/op_plan.h"
+#include "optim/op_step.h"
 
 namespace dlfast::optim {
 namespace {
@@ -26,17 +26,17 @@ struct DLFAST_HIDDEN DeviceMemory {
   MaybeTensor grad_scale, found_inf, arrived, hyper, squares, random_steps, last_norm, norm, skipped;
 };
 
-struct DLFAST_HIDDEN PlanRun {
-  Plan* plan;
+struct DLFAST_HIDDEN StepRun {
+  PreparedStep* prepared;
   DeviceMemory* memory;
   at::Device device;
-  int index = 0;     // among the plans of its device
+  int index = 0;     // among the steps of its device
   bool last = true;  // of its device
   bool first;        // of all: the one that tells norm and skipped
   Layouts layouts = {};
   CudaStep step = {};
   at::Tensor table = {};  // what the launches read; PyTorch keeps freed memory for the stream
-  at::Tensor scratch = {};
+  at::Tensor workspace = {};
 };
 
 template <typename T>
@@ -48,7 +48,7 @@ T* pointer(const char* name, const MaybeTensor& t, at::ScalarType dtype, int64_t
   return static_cast<T*>(const_cast<void*>(t->const_data_ptr()));
 }
 
-StepScalars scalars_of(const PlanRun& run, const StepOptions& options) {
+StepScalars scalars_of(const StepRun& run, const StepOptions& options) {
   const DeviceMemory& m = *run.memory;
   StepScalars s{.options = options, .memory = {}};
   s.memory.grad_scale = pointer<float>("grad_scale", m.grad_scale, at::kFloat, 1, run.device);
@@ -75,11 +75,11 @@ at::Tensor doubles(int64_t count, at::Device device) {
   return at::empty({count}, at::TensorOptions().dtype(at::kDouble).device(device));
 }
 
-// The tensors [first, last) of the plan, ready for launches on the current stream.
-void take_tensors(PlanRun& run, size_t first, size_t last) {
+// The tensors [first, last) of a step, ready for launches on the current stream.
+void take_tensors(StepRun& run, size_t first, size_t last) {
   run.layouts = Layouts();
   run.step.tensors.clear();
-  for (size_t i = first; i < last; ++i) run.step.tensors.push_back(run.layouts.ref(run.plan->items()[i]));
+  for (size_t i = first; i < last; ++i) run.step.tensors.push_back(run.layouts.ref(run.prepared->items()[i]));
   run.table = at::Tensor();
   run.step.far_table = nullptr;
   if (!needs_far_table(run.step)) return;
@@ -91,31 +91,31 @@ void take_tensors(PlanRun& run, size_t first, size_t last) {
   run.step.far_table = run.table.const_data_ptr();
 }
 
-void measure(PlanRun& run, const StepOptions& options) {
+void measure(StepRun& run, const StepOptions& options) {
   const c10::DeviceGuard guard(run.device);
-  take_tensors(run, 0, run.plan->items().size());
+  take_tensors(run, 0, run.prepared->items().size());
   run.step.scalars = scalars_of(run, options);
-  TORCH_CHECK(run.index < run.step.scalars.squares_count, "squares needs an element for each plan");
-  run.scratch = doubles(parts_of_norm(run.step), run.device);
-  run.step.scalars.memory.parts = run.scratch.mutable_data_ptr<double>();
+  TORCH_CHECK(run.index < run.step.scalars.squares_count, "squares needs an element for each step");
+  run.workspace = doubles(parts_of_norm(run.step), run.device);
+  run.step.scalars.memory.parts = run.workspace.mutable_data_ptr<double>();
   norm_cuda(run.step, run.index);
 }
 
-void launch_step(PlanRun& run) {
+void launch_step(StepRun& run) {
   const int64_t parts = parts_of_step(run.step);
   if (parts > 0) {
-    run.scratch = doubles(parts + trusts_of_step(run.step), run.device);
-    run.step.scalars.memory.parts = run.scratch.mutable_data_ptr<double>();
+    run.workspace = doubles(parts + trusts_of_step(run.step), run.device);
+    run.step.scalars.memory.parts = run.workspace.mutable_data_ptr<double>();
     run.step.scalars.memory.trust = run.step.scalars.memory.parts + parts;
   }
   step_cuda(run.step);
   run.layouts.write_back();
 }
 
-void update(PlanRun& run, StepOptions options) {
+void update(StepRun& run, StepOptions options) {
   const c10::DeviceGuard guard(run.device);
-  const std::vector<Item>& items = run.plan->items();
-  const bool overlap = run.plan->overlap();
+  const std::vector<Item>& items = run.prepared->items();
+  const bool overlap = run.prepared->overlap();
   const bool zeroes = options.zero_grad;
   const bool zeroes_at_end = zeroes && (overlap || gradients_overlap(items));
   options.zero_grad = zeroes && !zeroes_at_end;
@@ -137,36 +137,36 @@ void update(PlanRun& run, StepOptions options) {
   if (zeroes) clear_rest(items, zeroes_at_end);
 }
 
-// Takes the step of all `plans`; false, before anything has changed, where one of them no longer holds.
-// `grads` and `memories` have an element for each; plans of one device share a DeviceMemory. `exchange` is
+// Takes the step of all `steps`; false, before anything has changed, where one of them no longer holds.
+// `grads` and `memories` have an element for each; steps of one device share a DeviceMemory. `exchange` is
 // called, if not None, once the squares of all gradients are on their way, to add those of other processes
 // and devices to the memories.
-bool run_cuda(const py::list& plans, const py::list& grads, const py::list& memories, const py::dict& states,
+bool run_cuda(const py::list& steps, const py::list& grads, const py::list& memories, const py::dict& states,
               const py::list& hyper, const StepOptions& options, const py::object& exchange) {
-  const size_t count = plans.size();
+  const size_t count = steps.size();
   TORCH_CHECK(grads.size() == count && memories.size() == count,
-              "plans, grads and memories differ in length");
-  std::vector<PlanRun> runs;
+              "steps, grads and memories differ in length");
+  std::vector<StepRun> runs;
   std::vector<std::unique_ptr<GradientsHeld>> held;
   for (size_t i = 0; i < count; ++i) {
-    Plan& plan = plans[i].cast<Plan&>();
-    held.push_back(std::make_unique<GradientsHeld>(plan.items()));
-    if (!plan.take_gradients(states, grads[i])) return false;
-    PlanRun run{.plan = &plan,
+    PreparedStep& prepared = steps[i].cast<PreparedStep&>();
+    held.push_back(std::make_unique<GradientsHeld>(prepared.items()));
+    if (!prepared.take_gradients(states, grads[i])) return false;
+    StepRun run{.prepared = &prepared,
                 .memory = &memories[i].cast<DeviceMemory&>(),
-                .device = plan.items().front().param->device(),
+                .device = prepared.items().front().param->device(),
                 .first = i == 0};
-    for (PlanRun& before : runs) {
+    for (StepRun& before : runs) {
       if (before.device != run.device) continue;
       before.last = false;
       ++run.index;
     }
     runs.push_back(std::move(run));
   }
-  for (PlanRun& run : runs) {
+  for (StepRun& run : runs) {
     const at::Tensor hyper_there = run.memory->hyper.value_or(at::Tensor());
-    run.step.algorithm = run.plan->algorithm();
-    run.step.number = run.plan->items().front().ref.number;
+    run.step.algorithm = run.prepared->algorithm();
+    run.step.number = run.prepared->items().front().ref.number;
     run.step.device_groups = pointer<double>("hyper", hyper_there, at::kDouble,
                                              static_cast<int64_t>(hyper.size()) * kMaxHyper, run.device);
     if (run.step.device_groups == nullptr) run.step.groups = numbers_of(hyper);
@@ -175,16 +175,16 @@ bool run_cuda(const py::list& plans, const py::list& grads, const py::list& memo
   if (options.measure_norm) {
     {
       const py::gil_scoped_release no_gil;
-      for (PlanRun& run : runs) measure(run, options);
+      for (StepRun& run : runs) measure(run, options);
     }
     if (!exchange.is_none()) exchange();
   }
   {
     const py::gil_scoped_release no_gil;
-    for (PlanRun& run : runs) update(run, options);
+    for (StepRun& run : runs) update(run, options);
   }
-  for (const PlanRun& run : runs) {
-    for (const Item& item : run.plan->items()) {
+  for (const StepRun& run : runs) {
+    for (const Item& item : run.prepared->items()) {
       bump_versions(item);
       if (options.zero_grad) bump_version(item.grad);
     }

@@ -61,7 +61,7 @@ class DLFAST_HIDDEN Layouts {
   std::vector<std::pair<at::Tensor, at::Tensor>> back_;  // to, from
 };
 
-// Lets go of the gradients when a call ends: a plan must not hold them beyond their time.
+// Lets go of the gradients when a call ends: a step must not hold them beyond their time.
 class DLFAST_HIDDEN GradientsHeld {
  public:
   explicit GradientsHeld(std::vector<Item>& items) : items_(items) {}

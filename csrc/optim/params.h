@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "common/portability.h"
+#include "core/portability.h"
 
 namespace dlfast::optim {
 

@@ -1,0 +1,180 @@
+#include "conv/heuristics.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TracerMode.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+#include "conv/cpu_kind.h"
+#include "core/checks.h"
+#ifdef DLFAST_WITH_CUDA
+#include "conv/op_cuda.h"
+#endif
+
+namespace dlfast {
+
+using at::Tensor;
+
+namespace {
+
+constexpr std::string_view kForced[] = {"direct", "masked", "winograd2", "winograd4", "pytorch", "single"};
+
+void warn_once(std::atomic<bool>& warned, const char* old, const char* now) {
+  if (!warned.exchange(true)) TORCH_WARN_DEPRECATION(old, " is deprecated: say ", now, " instead");
+}
+
+}  // namespace
+
+// direct, winograd2 or winograd4 takes our kernels wherever they accept the problem, even where they are
+// slower, forward by the one named and backward the sparse ones; masked is direct with grad_weight by the
+// masked kernel where that accepts it; single does the same on CUDA; pytorch never takes them. What is for
+// the other device leaves this one its own choice.
+std::string_view forced_algorithm() {
+  static std::atomic<bool> old_variable = false, old_name = false;
+  const char* asked = std::getenv("DLFAST_ALGORITHM");
+  if (asked == nullptr) {
+    asked = std::getenv("DLFAST_PLAN");
+    if (asked == nullptr) return "";
+    warn_once(old_variable, "DLFAST_PLAN", "DLFAST_ALGORITHM");
+  }
+  std::string_view forced = asked;
+  if (forced == "epilogue") {
+    warn_once(old_name, "the algorithm epilogue", "pytorch");
+    forced = "pytorch";
+  }
+  TORCH_CHECK_VALUE(
+      forced == "" || std::find(std::begin(kForced), std::end(kForced), forced) != std::end(kForced),
+      "DLFAST_ALGORITHM must be direct, masked, winograd2, winograd4, pytorch or single, got ", forced);
+  return forced;
+}
+
+bool is_forced_on_cuda() {
+  const std::string_view forced = forced_algorithm();
+  return forced == "single" || forced == "pytorch";
+}
+
+const char* reason_of(const Choice& choice, std::string_view forced) {
+  const auto end = choice.candidates.begin() + choice.count;
+  const bool taken = std::any_of(choice.candidates.begin(), end, [](const Candidate& c) {
+    return c.algorithm != Algorithm::eager && c.algorithm != Algorithm::pytorch;
+  });
+  if (forced != "") return "DLFAST_ALGORITHM asks for it";
+  if (!taken) return "our kernels do not take this problem";
+  return choice.algorithm() == Algorithm::pytorch ? "PyTorch's kernels are faster here" : "the fastest";
+}
+
+double convolution_flops(const ConvParams& conv) {
+  return 2.0 * static_cast<double>(conv.batch) * conv.out_channels * conv.output_size[0] *
+         conv.output_size[1] * conv.group_in() * conv.positions();
+}
+
+Context context_of(const Tensor& input, Dtype dtype, bool save_winner_mask, Mask mask) {
+  Context context{.dtype = dtype,
+                  .cpu = input.is_cpu() && input.numel() > 0,
+                  .save_winner_mask = save_winner_mask,
+                  .threads = at::get_num_threads(),
+                  .flops = 1.0,
+                  .device = nullptr,
+                  .math_mode = MathMode::fma,
+                  .mask = mask};
+  if (context.cpu) context.flops = planned_cpu().nominal_flops() * static_cast<double>(context.threads);
+#ifdef DLFAST_WITH_CUDA
+  if (input.is_cuda() && input.numel() > 0) {
+    context.device = &current_cuda_device();
+    context.math_mode = cuda_math_mode(dtype, *context.device);
+  }
+#endif
+  return context;
+}
+
+Choice choose(const ConvBlockParams& p, const Context& context, Part part) {
+#ifdef DLFAST_WITH_CUDA
+  if (context.device != nullptr) return choose_cuda(p, context, part);
+#endif
+  if (context.cpu) return choose_cpu(p, context, part);
+  Choice choice{};
+  choice.candidates[choice.count++] = {Algorithm::pytorch, 0.0, 0.0};
+  choice.reason = "there is nothing to compute";
+  return choice;
+}
+
+namespace {
+
+bool has_numbers(const Tensor& t) {
+  return !t.key_set().has(c10::DispatchKey::Python) && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
+// What is chosen now would become a constant of the program that somebody traces.
+bool is_traced() {
+  return c10::impl::dispatch_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
+}
+
+}  // namespace
+
+BlockChoice choose_block(const Tensor& input, const Tensor& weight, const BlockOptions& options,
+                         bool backward) {
+  // On CUDA the operator itself chooses: where PyTorch is set to measure, it measures first.
+  if (!input.is_cpu() || !has_numbers(input) || !has_numbers(weight) || input.dim() != 4) return {};
+  constexpr const char* op = "conv_relu_pool2d";
+  const Dtype dtype = check_dtype(op, "input", input);
+  check_alike(op, "weight", weight, "input", input);
+  const ConvBlockParams p = params_of(op, options, input, weight);
+  const Context context = context_of(input, dtype, backward);
+  BlockChoice block;
+  bool pytorch = input.numel() > 0;
+  const auto take = [&](Part part) {
+    const Algorithm algorithm = choose(p, context, part).algorithm();
+    block.algorithms[part] = static_cast<int64_t>(algorithm);
+    pytorch = pytorch && algorithm == Algorithm::pytorch;
+  };
+  take(Part::forward);
+  if (backward) {
+    take(Part::grad_input);
+    take(Part::grad_weight);
+  }
+  block.is_plain_convolution = pytorch && options.pool.is_nothing();
+  if (is_traced()) block.algorithms = {};
+  return block;
+}
+
+Algorithm chosen_or_choose(const ChosenAlgorithms& algorithms, const ConvBlockParams& p,
+                           const Context& context, Part part) {
+  if (algorithms[part] == ChosenAlgorithms::kNotChosen) return choose(p, context, part).algorithm();
+  const auto algorithm = static_cast<Algorithm>(algorithms[part]);
+  TORCH_CHECK(algorithm == Algorithm::pytorch || (context.cpu && takes_on_cpu(p, context, part, algorithm)),
+              "conv_relu_pool2d: the algorithm ", name_of(algorithm), " does not compute ",
+              kPartNames[static_cast<int>(part)], " of this problem");
+  return algorithm;
+}
+
+BlockReport report_block(const Tensor& input, const Tensor& weight, const BlockOptions& options,
+                         bool save_winner_mask, Mask mask, double flops, double bandwidth) {
+  constexpr const char* op = "explain";
+  const Dtype dtype = check_dtype(op, "input", input);
+  const ConvBlockParams p = params_of(op, options, input, weight);
+  const c10::OptionalDeviceGuard guard(input.device());
+  Context context = context_of(input, dtype, save_winner_mask, mask);
+  if (context.cpu) context.flops = flops;
+  BlockReport report{.flops = convolution_flops(p.conv),
+                     .floor = 0,
+                     .forward = choose(p, context, Part::forward),
+                     .grad_input = choose(p, context, Part::grad_input),
+                     .grad_weight = choose(p, context, Part::grad_weight)};
+#ifdef DLFAST_WITH_CUDA
+  if (context.device != nullptr) {
+    report.floor = floor_seconds(p, context);
+    return report;
+  }
+#endif
+  const Choice& forward = report.forward;
+  double bytes = forward.candidates[0].bytes;
+  for (int i = 1; i < forward.count; ++i) bytes = std::min(bytes, forward.candidates[i].bytes);
+  report.floor = context.cpu ? std::max(report.flops / flops, bytes / bandwidth) : 0.0;
+  return report;
+}
+
+}  // namespace dlfast

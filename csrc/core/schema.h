@@ -1,0 +1,111 @@
+// Argument structs in operator schemas. A schema lists plain arguments, kernels take structs: here the one is
+// made of the other, in both directions, so that a struct's arguments are spelled once.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <cstddef>
+#include <tuple>
+#include <utility>
+
+namespace dlfast {
+
+template <typename... Ts>
+struct TypeList {
+  static constexpr size_t size = sizeof...(Ts);
+};
+
+// How an argument of a kernel stands in a schema: as these arguments, in this order. Structs specialise it.
+template <typename T>
+struct SchemaArgs {
+  using Types = TypeList<T>;
+  static T from_schema(const char* /*op*/, T value) { return std::forward<T>(value); }
+  static std::tuple<T> to_schema(T value) { return std::tuple<T>(std::forward<T>(value)); }
+};
+
+template <typename... Lists>
+struct Concat;
+template <typename... Ts>
+struct Concat<TypeList<Ts...>> {
+  using Type = TypeList<Ts...>;
+};
+template <typename... As, typename... Bs, typename... Rest>
+struct Concat<TypeList<As...>, TypeList<Bs...>, Rest...> {
+  using Type = typename Concat<TypeList<As..., Bs...>, Rest...>::Type;
+};
+
+template <typename... Args>
+using FlatArgs = typename Concat<typename SchemaArgs<Args>::Types...>::Type;
+
+template <typename R, typename List>
+struct FunctionOf;
+template <typename R, typename... Ts>
+struct FunctionOf<R, TypeList<Ts...>> {
+  using Type = R(Ts...);
+};
+
+// A string as a template argument.
+template <size_t n>
+struct OpName {
+  char text[n];
+  // NOLINTNEXTLINE(google-explicit-constructor): a literal is meant to become one.
+  constexpr OpName(const char (&from)[n]) {
+    for (size_t i = 0; i < n; ++i) text[i] = from[i];
+  }
+};
+
+template <OpName op, auto f, typename Signature, typename Flat>
+struct KernelOf;
+
+template <OpName op, auto f, typename R, typename... Args, typename... Flat>
+struct KernelOf<op, f, R (*)(Args...), TypeList<Flat...>> {
+  static R call(Flat... flat) { return take(std::index_sequence_for<Args...>(), std::tie(flat...)); }
+
+ private:
+  static constexpr size_t sizes[] = {SchemaArgs<Args>::Types::size...};
+  static constexpr size_t offset_of(size_t index) {
+    size_t offset = 0;
+    for (size_t i = 0; i < index; ++i) offset += sizes[i];
+    return offset;
+  }
+  template <typename T, size_t offset, size_t... parts, typename Tuple>
+  static decltype(auto) one(std::index_sequence<parts...>, const Tuple& all) {
+    return SchemaArgs<T>::from_schema(op.text, std::get<offset + parts>(all)...);
+  }
+  template <size_t... i, typename Tuple>
+  static R take(std::index_sequence<i...>, const Tuple& all) {
+    return f(one<Args, offset_of(i)>(std::make_index_sequence<sizes[i]>(), all)...);
+  }
+};
+
+template <typename Signature>
+struct FlatOf;
+template <typename R, typename... Args>
+struct FlatOf<R (*)(Args...)> {
+  using Type = FlatArgs<Args...>;
+};
+
+// `f` as a kernel of the dispatcher; `op` is the name that messages give.
+template <OpName op, auto f>
+constexpr auto* kernel_of = &KernelOf<op, f, decltype(f), typename FlatOf<decltype(f)>::Type>::call;
+
+// An operator of the dispatcher, called with argument structs.
+template <typename Signature>
+class Operator;
+template <typename R, typename... Args>
+class Operator<R(Args...)> {
+ public:
+  explicit Operator(const char* name)
+      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Flat>()) {}
+
+  R operator()(Args... args) const {
+    return std::apply([&](auto&&... flat) { return handle_.call(std::forward<decltype(flat)>(flat)...); },
+                      std::tuple_cat(SchemaArgs<Args>::to_schema(std::forward<Args>(args))...));
+  }
+
+ private:
+  using Flat = typename FunctionOf<R, FlatArgs<Args...>>::Type;
+  c10::TypedOperatorHandle<Flat> handle_;
+};
+
+}  // namespace dlfast

@@ -33,14 +33,14 @@ bench: env
 
 # On a machine with a GPU; the report goes to bench/.
 gpu-check: env
-	$(BIN)/python .ci/gpu_check
+	$(BIN)/python -m tools.cuda.gpu_check
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	$(BIN)/python .ci/check_seams.py
+	$(BIN)/python -m tools.seams
 
 format: env
 	$(BIN)/ruff format .

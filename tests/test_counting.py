@@ -1,16 +1,15 @@
-"""Counts on the emulator agree with the formulas of traffic.py, and the gate on them can fail; see .ci/count_cuda."""
+"""Counts on the emulator agree with the formulas of traffic.py, and the gate on them, tools/cuda/count.py, can fail."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
-from scripts import load_script
 
 from dlfast._native import native
 from dlfast.bench import traffic
+from tools.cuda import count as script
 
-script = load_script("count_cuda")
 here = pytest.mark.skipif(
     not script.EMULATOR.exists() or native.module is None or not native.build.get("cuda"),
     reason="needs the emulator and a build with CUDA",

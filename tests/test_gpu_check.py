@@ -9,16 +9,17 @@ import time
 
 import pytest
 import torch
-from scripts import ROOT, load_script
 
 from dlfast._native import native
+from tools.cuda import gpu_check as script
 
-script = load_script("gpu_check")
 emulated = torch.cuda.is_available() and script.emulated()
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / ".ci" / "gpu_check"), *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "tools.cuda.gpu_check", *arguments], cwd=script.ROOT, capture_output=True, text=True
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

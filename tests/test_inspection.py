@@ -1,4 +1,4 @@
-"""The gates on machine code find what they are there for; the gates themselves are .ci/inspect_cuda."""
+"""The gates on machine code find what they are there for; the gates themselves are tools/cuda/inspection.py."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from scripts import ROOT, load_script  # isort: skip
-
-import cuda_machine_code
-import cuda_marks
-import cuda_occupancy
-
 import cuda_build
+from tools.cuda import inspection, machine_code, marks, occupancy
 
 
 def kernels_in(text: str, tmp_path: Path):
     source = tmp_path / "launch.cu"
     source.write_text(text)
-    return cuda_marks.kernels_of(source, tmp_path)
+    return marks.kernels_of(source, tmp_path)
 
 
 def test_marks_are_read_from_above_the_template_line(tmp_path):
@@ -61,20 +56,20 @@ def test_names_are_found_behind_any_launch_bounds(bounds, tmp_path):
     ],
 )
 def test_marks_that_say_nothing_are_errors(text, message, tmp_path):
-    with pytest.raises(cuda_marks.MarkError, match=message):
+    with pytest.raises(marks.MarkError, match=message):
         kernels_in(text, tmp_path)
 
 
 def test_an_instantiation_without_a_register_budget_is_an_error(tmp_path):
     (kernel,) = kernels_in("// inspect for float: registers 9\n__global__ void k() {}\n", tmp_path)
-    with pytest.raises(cuda_marks.MarkError, match="registers of k<double> for sm_80"):
+    with pytest.raises(marks.MarkError, match="registers of k<double> for sm_80"):
         kernel.budget("k<double>", 80)
 
 
-def function(*lines: str) -> cuda_machine_code.Function:
+def function(*lines: str) -> machine_code.Function:
     text = "".join(f"        /*{16 * n:04x}*/    {line} ;  /* 0x0 */\n" for n, line in enumerate(lines))
-    found = cuda_machine_code.INSTRUCTION.findall(text)
-    return cuda_machine_code.Function("k", instructions=[cuda_machine_code._instruction(*i) for i in found])
+    found = machine_code.INSTRUCTION.findall(text)
+    return machine_code.Function("k", instructions=[machine_code._instruction(*i) for i in found])
 
 
 def test_a_loop_is_what_a_backward_branch_repeats():
@@ -118,15 +113,15 @@ def test_code_moved_to_the_end_is_no_loop():
 
 def test_names_are_shortened_to_what_marks_match():
     mangled = "_ZN6dlfast12_GLOBAL__N_116relu_pool_kernelINS_11ForwardMaskIfjEEEEvT_"
-    assert cuda_machine_code.demangled([mangled])[mangled] == "relu_pool_kernel<ForwardMask<float, unsigned int>>"
+    assert machine_code.demangled([mangled])[mangled] == "relu_pool_kernel<ForwardMask<float, unsigned int>>"
 
 
 @pytest.mark.skipif(cuda_build.find_toolkit() is None, reason="needs the CUDA headers")
 def test_occupancy_is_that_of_the_programming_guide(tmp_path):
     """64 registers fill a quarter of 65536 with 256 threads; 48 KiB of shared memory go three times into 164."""
     launches = [(80, 64, 0, 0, 256), (80, 64, 0, 48 << 10, 256), (75, 32, 0, 0, 256), (120, 255, 0, 0, 128)]
-    assert cuda_occupancy.blocks_per_sm(launches, cuda_build.find_toolkit(), tmp_path) == [4, 3, 4, 2]
-    assert cuda_occupancy.occupancy(80, 4, 256) == 0.5
+    assert occupancy.blocks_per_sm(launches, cuda_build.find_toolkit(), tmp_path) == [4, 3, 4, 2]
+    assert occupancy.occupancy(80, 4, 256) == 0.5
 
 
 SPILLS = """
@@ -154,13 +149,12 @@ def test_faults_of_real_kernels_are_found(tmp_path, monkeypatch):
     if toolkit is None or not (shutil.which("cuobjdump") or any(place.exists() for place in wheels)):
         pytest.skip("needs nvcc and cuobjdump")
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
-    script = load_script("inspect_cuda")
     source = tmp_path / "faulty" / "launch.cu"
     source.parent.mkdir()
     source.write_text(SPILLS)
-    monkeypatch.setattr(script, "BUILD", tmp_path)
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    rows, faults = script.inspect(source, 80, cuda_marks.kernels_of(source, tmp_path), script.tool("cuobjdump"))
+    monkeypatch.setattr(inspection, "BUILD", tmp_path)
+    monkeypatch.setattr(inspection, "ROOT", tmp_path)
+    rows, faults = inspection.inspect(source, 80, marks.kernels_of(source, tmp_path), inspection.tool("cuobjdump"))
     assert {row.kernel for row in rows} == {"spills", "greedy"}
     text = "\n".join(faults)
     for expected in (
@@ -173,19 +167,18 @@ def test_faults_of_real_kernels_are_found(tmp_path, monkeypatch):
 
 def test_the_script_says_what_is_missing(tmp_path):
     environment = {**os.environ, "CUDA_HOME": str(tmp_path)}
-    script = [sys.executable, str(ROOT / ".ci" / "inspect_cuda")]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.cuda.inspection"]
+    done = subprocess.run(command, cwd=inspection.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "no nvcc: put a CUDA toolkit on PATH, or install the extra cuda-build" in done.stderr
 
 
 def test_the_table_is_compared_where_architectures_are_in_both():
-    script = load_script("inspect_cuda")
     committed = "| kernel | sm_75 | sm_80 |\n|---|---|---|\n| k | 64: 32 (100%) | 64: 32 (50%) |\n"
     same = "| kernel | sm_80 | sm_90 |\n|---|---|---|\n| k | 64: 32 (50%) | 64: 32 (50%) |\n"
-    assert script.columns(committed, same) == script.columns(same, committed)
+    assert inspection.columns(committed, same) == inspection.columns(same, committed)
     other = same.replace("64: 32 (50%) | 64", "65: 28 (44%) | 64")
-    assert script.columns(committed, other) != script.columns(other, committed)
+    assert inspection.columns(committed, other) != inspection.columns(other, committed)
     more = same + "| new | 9: 64 (100%) | 9: 64 (100%) |\n"
-    assert script.columns(committed, more) != script.columns(more, committed)
-    assert script.columns("", same) != script.columns(same, "")
+    assert inspection.columns(committed, more) != inspection.columns(more, committed)
+    assert inspection.columns("", same) != inspection.columns(same, "")

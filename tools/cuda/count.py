@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Counts what the CUDA kernels move and compute, on the emulator, and fails where it is too much.
 
-usage: .ci/count_cuda [--write] [--only NAME]
+usage: python -m tools.cuda.count [--write] [--only NAME]
 
 Runs each case in a process of its own with the emulator's profile on, and reports per kernel the sectors it asks
 for against the ideal, the distinct ones (the least traffic with memory), bank conflicts of shared memory, and the
@@ -21,13 +20,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-from cuda_machine_code import shortened  # noqa: E402
+from dlfast.bench.traffic import Layer, compulsory, epilogue, single
+from tools.cuda.machine_code import shortened
 
-from dlfast.bench.traffic import Layer, compulsory, epilogue, single  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT.parent / "shared" / "cuda-emulator" / "run"
 TABLE = ROOT / "benchmarks" / "results" / "cuda-counted.md"
 SECTOR = 32
@@ -123,7 +121,7 @@ def run_child(case: Case, part: str) -> bool:
     return True
 
 
-def profile(case: Case, part: str) -> dict[str, dict] | None:
+def profile(case: Case, part: str) -> dict[str, dict[str, Any]] | None:
     """Counters by kernel of a run up to this part, or None where this build has no such way."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"
@@ -131,12 +129,12 @@ def profile(case: Case, part: str) -> dict[str, dict] | None:
             **os.environ, "CUDA_EMULATOR_PROFILE": str(file), "DLFAST_PLAN": case.way, "OMP_NUM_THREADS": "1",
             "CUDA_EMULATOR_GLOBAL_RACE": "0", "PYTHON": sys.executable,
         }  # fmt: skip
-        command = [str(EMULATOR), sys.executable, __file__, "--child", str(CASES.index(case)), part]
+        command = [str(EMULATOR), sys.executable, "-m", "tools.cuda.count", "--child", str(CASES.index(case)), part]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
         if done.returncode == NOT_HERE:
             return None
         if done.returncode != 0:
-            sys.exit(f"count_cuda: {case.name} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+            sys.exit(f"count: {case.name} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
         kernels = json.loads(file.read_text())["kernels"] if file.exists() else []  # none without a launch of ours
         return {kernel["name"]: kernel for kernel in kernels}
 
@@ -161,7 +159,7 @@ class Count:
     macs: int
 
 
-def counters(kernel: dict) -> tuple[int, ...]:
+def counters(kernel: dict[str, Any]) -> tuple[int, ...]:
     sides = (kernel["global_read"], kernel["global_write"])
     shared = (kernel["shared_read"], kernel["shared_write"])
     return (
@@ -236,11 +234,12 @@ def report(case: Case, counted: dict[str, list[Count] | None]) -> tuple[list[str
 
 HEAD = """# What the CUDA kernels move, counted
 
-Written by `.ci/count_cuda --write`; `.ci/run` fails where it is not what is counted. **Counted** while the PTX of the
-kernels ran on the emulator, not measured on a GPU. Requested bytes are 32 for every sector that an access of a warp
-touches, of the least that its lanes' bytes fit in (less than 1 where lanes share them); what exceeds the distinct bytes
-is mostly for caches to serve. Distinct bytes are the least that memory must move. Bank conflicts are extra wavefronts,
-of all accesses to shared memory but those of `cp.async`. What PyTorch's own kernels move is not in here.
+Written by `python -m tools.cuda.count --write`; `.ci/run` fails where it is not what is counted. **Counted** while the
+PTX of the kernels ran on the emulator, not measured on a GPU. Requested bytes are 32 for every sector that an access
+of a warp touches, of the least that its lanes' bytes fit in (less than 1 where lanes share them); what exceeds the
+distinct bytes is mostly for caches to serve. Distinct bytes are the least that memory must move. Bank conflicts are
+extra wavefronts, of all accesses to shared memory but those of `cp.async`. What PyTorch's own kernels move is not in
+here.
 
 | problem, part | kernel | launches | requested bytes | of ideal | distinct bytes | bank conflicts | tensor-core MACs |
 |---|---|---|---|---|---|---|---|
@@ -256,7 +255,7 @@ def main() -> int:
     if args.child:
         return 0 if run_child(CASES[int(args.child[0])], args.child[1]) else NOT_HERE
     if not EMULATOR.exists():
-        print(f"count_cuda: no CUDA emulator at {EMULATOR}: nothing is counted")
+        print(f"count: no CUDA emulator at {EMULATOR}: nothing is counted")
         return 0
     lines, faults = [], []
     chosen = [case for case in CASES if not args.only or args.only in case.name]
@@ -271,7 +270,9 @@ def main() -> int:
         TABLE.write_text(text)
         print(f"written: {TABLE.relative_to(ROOT)}")
     elif not args.only and (TABLE.read_text() if TABLE.exists() else "") != text:
-        faults.append(f"{TABLE.relative_to(ROOT)} is not what was counted: write it with .ci/count_cuda --write")
+        faults.append(
+            f"{TABLE.relative_to(ROOT)} is not what was counted: write it with python -m tools.cuda.count --write"
+        )
     print("\n".join(faults) or "all counts are within their limits")
     return 1 if faults else 0
 

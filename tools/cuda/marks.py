@@ -67,8 +67,8 @@ class Kernel:
             numbers.update(mark.numbers)
         if "registers" not in numbers:
             raise MarkError(f"{self.place}: no mark gives the registers of {instantiation} for sm_{arch}")
-        found = {key: tuple(op for m in fitting for op in m.instructions.get(key, ())) for key in INSTRUCTIONS}
-        return Budget(**numbers, **found)
+        holds, loop = (tuple(op for m in fitting for op in m.instructions.get(key, ())) for key in INSTRUCTIONS)
+        return Budget(numbers["registers"], numbers["static"], numbers["dynamic"], holds, loop)
 
 
 def parse_mark(line: str, place: str) -> Mark:
@@ -95,7 +95,8 @@ def parse_mark(line: str, place: str) -> Mark:
 def kernels_of(source: Path, root: Path) -> list[Kernel]:
     """Every `__global__` function of a file, each with at least one mark."""
     lines = source.read_text().splitlines()
-    kernels, used = [], set()
+    kernels: list[Kernel] = []
+    used: set[int] = set()
     for number, line in enumerate(lines):
         if re.match(r"\s*(//|\*)", line) or "__global__" not in line:
             continue
@@ -108,14 +109,14 @@ def kernels_of(source: Path, root: Path) -> list[Kernel]:
         first = number
         while first > 0 and not re.match(r"\s*//", lines[first - 1]) and lines[first - 1].strip():
             first -= 1  # up over the template line
-        marks = []
+        marks: list[Mark] = []
         while first > 0 and re.match(r"\s*//", lines[first - 1]):
             first -= 1
             if re.match(r"\s*//\s*inspect\b", lines[first]):
                 marks.insert(0, parse_mark(lines[first], f"{source.relative_to(root)}:{first + 1}"))
                 used.add(first)
         if not marks:
-            raise MarkError(f"{place}: kernel {name[1]} has no mark; .ci/cuda_marks.py says what one is")
+            raise MarkError(f"{place}: kernel {name[1]} has no mark; tools/cuda/marks.py says what one is")
         kernels.append(Kernel(name[1], place, tuple(marks)))
     for number, line in enumerate(lines):
         if re.match(r"\s*//\s*inspect\b", line) and number not in used:

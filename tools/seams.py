@@ -45,7 +45,7 @@ def violations(path: Path) -> list[str]:
     name = path.relative_to(CSRC).as_posix()
     rule = next((allowed for pattern, allowed in RULES if re.fullmatch(pattern, name)), None)
     if rule is None:
-        return [f"csrc/{name}: no rule for this file in .ci/check_seams.py"]
+        return [f"csrc/{name}: no rule for this file in tools/seams.py"]
     found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         include = re.match(r"\s*#\s*include\s+(\S+)", line)

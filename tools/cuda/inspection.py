@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Looks at the machine code of every CUDA kernel, and fails where it is not what the marks in the source say.
 
-usage: .ci/inspect_cuda [--archs 80 90] [--jobs N] [--write] [FILE.cu ...]
+usage: python -m tools.cuda.inspection [--archs 80 90] [--jobs N] [--write] [FILE.cu ...]
 
 Compiles every csrc/**/*.cu to a cubin per architecture with the flags of setup.py, and checks each instantiation
 of each kernel: no stack frame, no spill, no local memory access; registers and shared memory within the budget and
-the instructions there that the marks ask for (.ci/cuda_marks.py says what a mark is); and that docs/cuda-occupancy.md
+the instructions there that the marks ask for (tools/cuda/marks.py says what a mark is); and that docs/cuda-occupancy.md
 is what cuda_occupancy.h gives for this code (--write writes it). What has not changed is not compiled again: cubins
 stay in build/inspect. Also checks that the extension built here holds the machine code and PTX it was asked for.
 
@@ -24,15 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-import cuda_build  # noqa: E402
+import cuda_build
+from tools.cuda.machine_code import LOCAL_ACCESSES, Function, demangled, read_cubin
+from tools.cuda.marks import Budget, Kernel, MarkError, kernels_of
+from tools.cuda.occupancy import blocks_per_sm, occupancy
 
-cuda_build.choose_toolkit()
-from cuda_machine_code import LOCAL_ACCESSES, Function, demangled, read_cubin  # noqa: E402
-from cuda_marks import Budget, Kernel, MarkError, kernels_of  # noqa: E402
-from cuda_occupancy import blocks_per_sm, occupancy  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "inspect"
 WITHOUT_MARKS = re.compile(r"^\s*// inspect.*\n", re.MULTILINE)
 TABLE = ROOT / "docs" / "cuda-occupancy.md"
@@ -54,11 +50,11 @@ class Row:
 def tool(name: str) -> Path:
     """cuobjdump: from PATH, the toolkit, or the wheels of the extra dev."""
     folders = [Path(os.environ["CUDA_HOME"]), *cuda_build.wheel_folders()]
-    places = [Path(found)] if (found := shutil.which(name)) else []
+    places = [Path(on_path)] if (on_path := shutil.which(name)) else []
     places += [folder / "bin" / name for folder in folders]
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        sys.exit(f"inspect_cuda: no {name}: install the extra dev (nvidia-cuda-{name}), or put a CUDA toolkit on PATH")
+        sys.exit(f"inspection: no {name}: install the extra dev (nvidia-cuda-{name}), or put a CUDA toolkit on PATH")
     return found
 
 
@@ -80,7 +76,7 @@ def compile_cubin(source: Path, arch: int) -> tuple[Path, str]:
         command_line = [*command, "-MD", "-MF", str(deps), str(source), "-o", str(cubin)]
         done = subprocess.run(command_line, capture_output=True, text=True)
         if done.returncode != 0:
-            sys.exit(f"inspect_cuda: {source.relative_to(ROOT)} does not compile for sm_{arch}:\n{done.stderr[-4000:]}")
+            sys.exit(f"inspection: {source.relative_to(ROOT)} does not compile for sm_{arch}:\n{done.stderr[-4000:]}")
         log.write_text(done.stdout + done.stderr)
         known.write_text(key(command, deps))
     return cubin, log.read_text()
@@ -157,7 +153,7 @@ def table(rows: list[Row], archs: list[int]) -> str:
     lines = [
         "# Registers and occupancy of the CUDA kernels",
         "",
-        "Written by `.ci/inspect_cuda --write`, checked by CI: computed from machine code by NVIDIA's",
+        "Written by `python -m tools.cuda.inspection --write`, checked by CI: computed from machine code by NVIDIA's",
         "`cuda_occupancy.h`, not measured. A line is a kernel with the body or algorithm it is instantiated for; over",
         "its instantiations (types, windows ...) a cell has the most registers of a thread and the fewest warps that a",
         "multiprocessor holds, with their part of what it could hold. Shared memory is what the marks reckon with.",
@@ -208,7 +204,7 @@ def check_table(text: str, write: bool) -> list[str]:
     elif committed and f"nvcc {nvcc_version()}." not in committed:
         print(f"{name} was written with another nvcc than {nvcc_version()}: not compared")
     elif columns(committed, text) != columns(text, committed):
-        return [f"{name} is not what this code gives: write it with .ci/inspect_cuda --write"]
+        return [f"{name} is not what this code gives: write it with python -m tools.cuda.inspection --write"]
     return []
 
 
@@ -227,6 +223,7 @@ def columns(table: str, other: str) -> list[list[str]]:
 
 
 def main() -> int:
+    cuda_build.choose_toolkit()
     every = [int(arch.replace(".", "")) for arch in re.findall(r"\d+\.\d+", cuda_build.DEFAULT_ARCHS[13])]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="(default: every csrc/**/*.cu)")
@@ -237,7 +234,7 @@ def main() -> int:
     if args.write and args.files:
         parser.error("--write needs all files")
     if nvcc_version() == "none":
-        sys.exit("inspect_cuda: no nvcc: put a CUDA toolkit on PATH, or install the extra cuda-build")
+        sys.exit("inspection: no nvcc: put a CUDA toolkit on PATH, or install the extra cuda-build")
     cuobjdump = tool("cuobjdump")
     tool("nvdisasm")  # cuobjdump calls it for machine code
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -248,7 +245,7 @@ def main() -> int:
         with ThreadPoolExecutor(args.jobs) as pool:
             results = list(pool.map(lambda task: inspect(*task), tasks))
     except MarkError as error:
-        sys.exit(f"inspect_cuda: {error}")
+        sys.exit(f"inspection: {error}")
     rows = [row for of_task, _ in results for row in of_task]
     problems = [fault for _, of_task in results for fault in of_task]
     problems += check_binary(cuobjdump)

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Everything that only a GPU can tell, in under ten minutes, as one report: `make gpu-check`.
 
-usage: .ci/gpu_check [--only tests sanitizer benchmark] [--select EXPRESSION] [--out FILE]
+usage: python -m tools.cuda.gpu_check [--only tests sanitizer benchmark] [--select EXPRESSION] [--out FILE]
 
 Runs the CUDA tests; a sample of them under each tool of compute-sanitizer; and the benchmark against PyTorch with
 cudnn.benchmark in channels_last, torch.compile with max-autotune, torch's fused optimizers and, where it is
@@ -24,14 +23,14 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import torch  # noqa: E402
+import torch
 
-import cuda_build  # noqa: E402
-import dlfast.info  # noqa: E402
-from dlfast._native import native  # noqa: E402
-from dlfast.files import write_whole  # noqa: E402
+import cuda_build
+import dlfast.info
+from dlfast._native import native
+from dlfast.files import write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STAGES = ("tests", "sanitizer", "benchmark")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -187,7 +186,7 @@ def device_facts() -> dict[str, object]:
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory, bytes": properties.total_memory,
-        "cuDNN": torch.backends.cudnn.version(),
+        "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
     if shutil.which("nvidia-smi"):
         query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu,utilization.gpu"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dlfast.train import TrainConfig
+from dlfast.app.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 TIMINGS = ("images_per_second", "seconds")
@@ -66,4 +66,4 @@ def python(*arguments, timeout=120, **options):
 
 
 def dlfast(*arguments, **options):
-    return python("-m", "dlfast.cli", *arguments, **options)
+    return python("-m", "dlfast", *arguments, **options)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from dlfast.app.settings import TrainConfig, make_optimizer, new_settings
 from dlfast.models import build
-from dlfast.settings import TrainConfig, make_optimizer, new_settings
 
 
 def twoconv():

@@ -13,9 +13,9 @@ import torch
 from test_block_in_pytorch import needs_native
 
 import dlfast
-from dlfast import cli
-from dlfast.bench import accuracy, gpu, layers, overhead, peers, problems, protocol, traffic
-from dlfast.measure import alternate, peak_bytes
+from dlfast.app import cli
+from dlfast.app.bench import accuracy, gpu, layers, overhead, peers, problems, protocol, traffic
+from dlfast.app.measure import alternate, peak_bytes
 
 
 @needs_native

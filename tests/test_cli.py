@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from program import dlfast, python
 
-from dlfast import cli, demo
-from dlfast.cli import COMMANDS, main
-from dlfast.errors import UsageError
-from dlfast.train import TrainConfig
+from dlfast.app import cli, demo
+from dlfast.app.cli import COMMANDS, main
+from dlfast.app.errors import UsageError
+from dlfast.app.train import TrainConfig
 
 SMALL = ["train", "mnistnet", "--input-size", "8", "--epochs", "1"]
 
@@ -89,14 +89,14 @@ def test_files_that_cannot_be_written(capsys, tmp_path, monkeypatch, code):
     def refuse(*args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("dlfast.files.os.fsync", refuse)
+    monkeypatch.setattr("dlfast.app.files.os.fsync", refuse)
     message = fails(capsys, *SMALL, "--out", tmp_path / "out")
     assert message == f"{tmp_path}/out/config.json: {os.strerror(code)}"
 
 
 LIMITED = """
 import resource, sys
-from dlfast.cli import main
+from dlfast.app.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 sys.exit(main(sys.argv[1:]))
 """
@@ -136,7 +136,7 @@ def test_missing_extra_is_named(capsys, tmp_path, monkeypatch, package):
         monkeypatch.setitem(sys.modules, package, None)
         __import__(package)
 
-    monkeypatch.setattr("dlfast.train.run", run)
+    monkeypatch.setattr("dlfast.app.train.run", run)
     message = fails(capsys, *SMALL, "--out", tmp_path)
     assert message == f"train needs the package {package}; {CURE}"
 
@@ -147,7 +147,7 @@ def test_without_the_extra():
         "import sys\n"
         "for name in ('rich', 'pytorch_lightning', 'torchvision', 'sklearn', 'matplotlib', 'torchmetrics'):\n"
         "    sys.modules[name] = None\n"
-        "from dlfast.cli import main\n"
+        "from dlfast.app.cli import main\n"
         "sys.exit(main(['train', 'mnistnet']))\n"
     )
     done = python("-c", script)
@@ -181,7 +181,7 @@ def test_every_option_reaches_training(monkeypatch):
         seen.append(config)
         raise UsageError("seen")
 
-    monkeypatch.setattr("dlfast.train.fit", fit)
+    monkeypatch.setattr("dlfast.app.train.fit", fit)
     words = (
         "train lenet --data folder --data-dir d --input-size 30x40 --epochs 7 --batch-size 5 --optimizer sgd "
         "--lr 0.5 --momentum 0.25 --weight-decay 0.125 --device cpu --backend torch --seed 9 --workers 1 "
@@ -211,12 +211,12 @@ def test_commands_are_found_lazily():
         "import sys\n"
         "import dlfast\n"
         "heavy = ('pytorch_lightning', 'torchvision', 'sklearn', 'matplotlib', 'rich', 'torchmetrics')\n"
-        "assert not any(name in sys.modules for name in (*heavy, 'dlfast.train', 'dlfast.data'))\n"
+        "assert not any(name in sys.modules for name in (*heavy, 'dlfast.app.train', 'dlfast.app.data'))\n"
         "import dlfast.models\n"
-        "from dlfast.cli import main\n"
+        "from dlfast.app.cli import main\n"
         "main(['info'])\n"
-        "assert not any(name in sys.modules for name in (*heavy, 'dlfast.train'))\n"
-        "import dlfast.train\n"
+        "assert not any(name in sys.modules for name in (*heavy, 'dlfast.app.train'))\n"
+        "import dlfast.app.train\n"
         "assert not any(name in sys.modules for name in heavy)\n"
     )
     done = python("-c", script)

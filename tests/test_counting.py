@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from dlfast._native import native
-from dlfast.bench import traffic
+from dlfast.app.bench import traffic
 from tools.cuda import count as script
 
 here = pytest.mark.skipif(

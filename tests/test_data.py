@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dlfast.data import SOURCES, Form, SeededShuffle, Unreadable, batches, load, read_image, split, to_input
-from dlfast.errors import UsageError
+from dlfast.app.data import SOURCES, Form, SeededShuffle, Unreadable, batches, load, read_image, split, to_input
+from dlfast.app.errors import UsageError
 
 
 def every(dataset, batch_size=64):
@@ -51,7 +51,7 @@ def test_digits_come_as_the_network_wants_them(channels, size):
 
 def test_images_too_large_to_convert_at_once_come_out_the_same(monkeypatch):
     whole, labels = every(load("digits", 3, (16, 16)).val)
-    monkeypatch.setattr("dlfast.data.CONVERT_ONCE_BYTES", 1000)
+    monkeypatch.setattr("dlfast.app.data.CONVERT_ONCE_BYTES", 1000)
     data = load("digits", 3, (16, 16))
     assert not data.val.converted
     torch.testing.assert_close(every(data.val), (whole, labels))

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from dlfast.cli import main
-from dlfast.data import load
-from dlfast.errors import UsageError
-from dlfast.folder import HIDDEN, NO_CLASS, NO_IMAGE, find, told
+from dlfast.app.cli import main
+from dlfast.app.data import load
+from dlfast.app.errors import UsageError
+from dlfast.app.folder import HIDDEN, NO_CLASS, NO_IMAGE, find, told
 
 FOLDERS = (
     ".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found",
@@ -187,7 +187,7 @@ def test_folders_that_may_not_be_read_are_not_passed_over(tmp_path, monkeypatch)
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr("dlfast.folder.os.scandir", closed)
+    monkeypatch.setattr("dlfast.app.folder.os.scandir", closed)
     with pytest.raises(PermissionError, match="closed"):
         find(tmp_path)
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dlfast
 from dlfast import _native
-from dlfast.measure import saved_bytes
+from dlfast.app.measure import saved_bytes
 
 pytestmark = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
 

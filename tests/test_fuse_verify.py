@@ -104,7 +104,7 @@ def test_explain_of_what_is_left_alone():
 
 
 def test_bytes_saved_are_those_measured():
-    from dlfast.measure import saved_bytes
+    from dlfast.app.measure import saved_bytes
 
     torch.manual_seed(0)
     first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from program import ROOT, assert_same_run, history, python, rows, small
 
-from dlfast import files
-from dlfast._lightning import Training
-from dlfast.cli import main
-from dlfast.errors import UsageError
-from dlfast.train import fit
+from dlfast.app import files
+from dlfast.app.cli import main
+from dlfast.app.errors import UsageError
+from dlfast.app.lightning import Training
+from dlfast.app.train import fit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,9 +114,9 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from program import small
 from pathlib import Path
-from dlfast import files
-from dlfast._lightning import Training
-from dlfast.train import fit
+from dlfast.app import files
+from dlfast.app.lightning import Training
+from dlfast.app.train import fit
 
 left = {count}
 def kill_at_last(original):
@@ -152,8 +152,8 @@ def test_killed(whole, tmp_path, where, count):
 
 INTERRUPTED = """
 import os, sys
-from dlfast._lightning import Training
-from dlfast.cli import main
+from dlfast.app.lightning import Training
+from dlfast.app.cli import main
 
 original, calls = Training.training_step, []
 def step(*args):
@@ -286,7 +286,7 @@ def test_checkpoint_of_another_run(whole, tmp_path):
 
 
 def test_other_images_than_before(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("dlfast.data._fingerprint", lambda *tensors: "another")
+    monkeypatch.setattr("dlfast.app.data._fingerprint", lambda *tensors: "another")
     with pytest.raises(UsageError, match="made from other images"):
         fit(small(copy_run(whole[0], tmp_path / "out"), resume=True))
 

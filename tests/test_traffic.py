@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dlfast import cli
-from dlfast.bench import traffic
-from dlfast.bench.traffic import Layer
+from dlfast.app import cli
+from dlfast.app.bench import traffic
+from dlfast.app.bench.traffic import Layer
 from dlfast.models import NETWORKS, build
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"

@@ -11,11 +11,11 @@ from PIL import Image
 from program import assert_same_run, history, rows, small, state
 
 import dlfast
-from dlfast._lightning import Epoch, Training, best_epoch
-from dlfast.errors import UsageError
+from dlfast.app.errors import UsageError
+from dlfast.app.lightning import Epoch, Training, best_epoch
+from dlfast.app.settings import Settings, make_optimizer, new_settings, read_settings
+from dlfast.app.train import TrainConfig, fit
 from dlfast.models import NETWORKS, build
-from dlfast.settings import Settings, make_optimizer, new_settings, read_settings
-from dlfast.train import TrainConfig, fit
 
 SIZES = {"twoconv": 8, "convpool": 12, "mnistnet": 8, "stacked": 10, "lenet": 20}
 # lenet's article learns at 0.001 from batches of 4, too slowly for 50 steps to show anything.
@@ -95,7 +95,7 @@ def test_what_a_run_leaves(finished):
 
 
 def test_accuracy_and_loss_are_those_of_the_best_weights(finished):
-    from dlfast.data import batches, load
+    from dlfast.app.data import batches, load
 
     out, result = finished
     network = build("mnistnet", input_size=8, fused=False)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlfast.bench.traffic import Layer, compulsory, epilogue, single
+from dlfast.app.bench.traffic import Layer, compulsory, epilogue, single
 from tools.cuda.machine_code import shortened
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,7 +28,7 @@ import torch
 import cuda_build
 import dlfast.info
 from dlfast._native import native
-from dlfast.files import write_whole
+from dlfast.app.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,7 +133,7 @@ def stages(wanted: list[str], select: str | None, folder: Path) -> list[Stage]:
             found.append(Stage(tool, command, LIMITS["sanitizer"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     if "benchmark" in wanted:
         command = [
-            sys.executable, "-m", "dlfast.cli", "bench", "gpu", "--rounds", "10", "--at-most", str(BENCHMARK_BEGINS),
+            sys.executable, "-m", "dlfast", "bench", "gpu", "--rounds", "10", "--at-most", str(BENCHMARK_BEGINS),
             "--out", str(folder),
         ]  # fmt: skip
         found.append(Stage("benchmark", command, LIMITS["benchmark"], {}))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import dlfast
+from dlfast.app.settings import TrainConfig, make_optimizer, new_settings
 from dlfast.models import NETWORKS, build
-from dlfast.settings import TrainConfig, make_optimizer, new_settings
 
 Call = Callable[[], object]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import dlfast.info
-from dlfast.bench.problems import Problem, Variant, Work
-from dlfast.measure import alternate, peak_bytes, saved_bytes
+from dlfast.app.bench.problems import Problem, Variant, Work
+from dlfast.app.measure import alternate, peak_bytes, saved_bytes
 
 
 @dataclass(frozen=True)

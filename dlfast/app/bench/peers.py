@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import dlfast
-from dlfast.bench import optim
-from dlfast.bench.problems import Problem, Variant
+from dlfast.app.bench import optim
+from dlfast.app.bench.problems import Problem, Variant
 
 SGD, ADAMW, ADAMW_8BIT = "SGD", "AdamW", "AdamW, states of 8 bits"
 OPTIONS: dict[str, dict[str, Any]] = {

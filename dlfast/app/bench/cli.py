@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from dlfast._native import native
-from dlfast.bench import accuracy, fused, gpu, layers, optim, overhead, peers, problems, protocol, report, traffic
-from dlfast.errors import UsageError
-from dlfast.files import write_whole
+from dlfast.app.bench import accuracy, fused, gpu, layers, optim, overhead, peers, problems, protocol, report, traffic
+from dlfast.app.errors import UsageError
+from dlfast.app.files import write_whole
 from dlfast.models import NETWORKS
 from dlfast.plan import machine_speed
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import dlfast
-from dlfast.bench import layers, optim
-from dlfast.bench.problems import Problem, Variant
+from dlfast.app.bench import layers, optim
+from dlfast.app.bench.problems import Problem, Variant
 
 CALLS = 200  # between two looks at the clock
 TENSORS = 10  # LeNet's

@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dlfast.errors import UsageError, one_line
+from dlfast.app.errors import UsageError, one_line
 
 COMMANDS = {
-    "train": ("dlfast.train", "train a network on images"),
-    "bench": ("dlfast.bench.cli", "time and weigh fused against plain PyTorch"),
-    "demo": ("dlfast.demo", "train mnistnet fused and plain, and compare"),
+    "train": ("dlfast.app.train", "train a network on images"),
+    "bench": ("dlfast.app.bench.cli", "time and weigh fused against plain PyTorch"),
+    "demo": ("dlfast.app.demo", "train mnistnet fused and plain, and compare"),
     "info": ("dlfast.info", "versions and backends, for a bug report"),
 }
 # Packages of the extras in pyproject.toml, by the names under which they are imported.

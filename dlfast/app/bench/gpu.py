@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import dlfast
-from dlfast.bench import layers, optim, peers, problems, traffic
-from dlfast.bench.problems import Call, Problem, Variant
+from dlfast.app.bench import layers, optim, peers, problems, traffic
+from dlfast.app.bench.problems import Call, Problem, Variant
 
 # Beside the plan that dlfast makes itself.
 PLANS = ("epilogue", "single")

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dlfast.errors import UsageError, one_line
-from dlfast.folder import LeftOut, find
+from dlfast.app.errors import UsageError, one_line
+from dlfast.app.folder import LeftOut, find
 
 Size = tuple[int, int]  # height, width
 Batch = tuple[Tensor, Tensor]  # float32 [B, C, H, W], int64 [B]
@@ -156,7 +156,7 @@ class Data:
     """What a source yields.
 
     `test_name` is the split that plays the test's part, and `fingerprint` is a digest of the content.
-    `left_out` are the paths in a folder that were passed over, by reason; `dlfast.folder.told` makes a line.
+    `left_out` are the paths in a folder that were passed over, by reason; `dlfast.app.folder.told` makes a line.
     """
 
     train: Dataset[Batch]

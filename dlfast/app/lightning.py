@@ -27,11 +27,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from dlfast.data import Batch, Unreadable
-from dlfast.errors import UsageError, one_line
-from dlfast.files import write_whole
+from dlfast.app.data import Batch, Unreadable
+from dlfast.app.errors import UsageError, one_line
+from dlfast.app.files import write_whole
+from dlfast.app.settings import Settings, make_optimizer
 from dlfast.models import ConvNet
-from dlfast.settings import Settings, make_optimizer
 
 FORMAT = 1  # of what a checkpoint holds under "dlfast"
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlfast.errors import UsageError
+from dlfast.app.errors import UsageError
 
 Sample = tuple[str, int]  # path, label
 LeftOut = dict[str, list[str]]  # paths by reason

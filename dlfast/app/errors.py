@@ -13,7 +13,7 @@ class UsageError(Exception):
     >>> raise UsageError("--lr must be positive, got -1.0")
     Traceback (most recent call last):
         ...
-    dlfast.errors.UsageError: --lr must be positive, got -1.0
+    dlfast.app.errors.UsageError: --lr must be positive, got -1.0
     """
 
 

@@ -268,7 +268,7 @@ def markdown(item: int, dtype: str) -> str:
         "# Bytes that a training step moves on a GPU",
         "",
         "Written by `dlfast bench bytes`, checked by a test. **Computed, not measured**: every kernel moves each of",
-        "its operands once (`dlfast/bench/traffic.py` lists the kernels of each way). Times are these bytes at the",
+        "its operands once (`dlfast/app/bench/traffic.py` lists the kernels of each way). Times are these bytes at the",
         "bandwidth of the data sheet, so a lower bound, and a useful one only where memory is what a kernel waits for:",
         f"{_bandwidths()}.",
         "",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dlfast
-from dlfast.bench.problems import Call, Problem, Variant
+from dlfast.app.bench.problems import Call, Problem, Variant
 
 LISTS = ("lenet", "mobilenet", "resnet50", "vgg11")
 TARGETS = ("optim", *(f"optim-{name}" for name in LISTS))

@@ -6,8 +6,8 @@ import io
 import json
 from typing import TYPE_CHECKING
 
-from dlfast.bench.accuracy import Error
-from dlfast.bench.protocol import Ratio, Report, Row, geometric_mean
+from dlfast.app.bench.accuracy import Error
+from dlfast.app.bench.protocol import Ratio, Report, Row, geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

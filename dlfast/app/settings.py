@@ -18,8 +18,8 @@ import torch
 from torch.nn import Parameter
 
 import dlfast.optim
-from dlfast.data import SOURCES
-from dlfast.errors import UsageError, one_line
+from dlfast.app.data import SOURCES
+from dlfast.app.errors import UsageError, one_line
 from dlfast.models import NETWORKS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -108,7 +108,7 @@ def new_settings(config: TrainConfig) -> Settings:
     >>> new_settings(TrainConfig("lenet", lr=-1.0))
     Traceback (most recent call last):
         ...
-    dlfast.errors.UsageError: --lr must be a positive number, got -1.0
+    dlfast.app.errors.UsageError: --lr must be a positive number, got -1.0
     """
     if config.network not in NETWORKS:
         raise UsageError(f"unknown network {config.network!r}; there are {', '.join(NETWORKS)}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dlfast
-from dlfast.bench.problems import COMPILED, MODES, Call, Problem, Variant, Work, add
+from dlfast.app.bench.problems import COMPILED, MODES, Call, Problem, Variant, Work, add
 
 
 @dataclass(frozen=True)

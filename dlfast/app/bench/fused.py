@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dlfast
-from dlfast.bench.problems import COMPILED, MODES, Call, Problem, Variant, add
+from dlfast.app.bench.problems import COMPILED, MODES, Call, Problem, Variant, add
 
 # Batch of images of 224x224 for each model: a training step takes about a second on two cores.
 MODELS: dict[str, int] = {

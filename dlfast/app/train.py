@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dlfast import data as datasets
 from dlfast._native import native
-from dlfast.errors import UsageError, one_line
-from dlfast.files import write_whole
-from dlfast.folder import told
-from dlfast.models import NETWORKS, ConvNet, build
-from dlfast.settings import (
+from dlfast.app import data as datasets
+from dlfast.app.errors import UsageError, one_line
+from dlfast.app.files import write_whole
+from dlfast.app.folder import told
+from dlfast.app.settings import (
     BACKENDS,
     DEVICES,
     MAY_CHANGE,
@@ -45,9 +44,10 @@ from dlfast.settings import (
     read_settings,
     resumed_settings,
 )
+from dlfast.models import NETWORKS, ConvNet, build
 
 if TYPE_CHECKING:
-    from dlfast._lightning import Epoch
+    from dlfast.app.lightning import Epoch
 
 __all__ = ["Result", "TrainConfig", "fit"]
 
@@ -157,7 +157,7 @@ def _only_process(out: Path) -> Iterator[None]:
 def _fit(settings: Settings, config: TrainConfig, out: Path, device: str) -> Result:
     import pytorch_lightning as pl
 
-    from dlfast import _lightning as lightning
+    from dlfast.app import lightning
 
     channels = NETWORKS[settings.network].in_channels
     folder = None if settings.data_dir is None else Path(settings.data_dir)
@@ -283,7 +283,7 @@ _image_size.__name__ = "size"  # what argparse calls it: "invalid size value: '0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``dlfast train``. None of them has a default here, see `dlfast.settings`."""
+    """The options of ``dlfast train``. None of them has a default here, see `dlfast.app.settings`."""
     add = parser.add_argument
     add("network", choices=tuple(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
     add("--data", choices=tuple(datasets.SOURCES), help="the images (default: digits, which needs no network)")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dlfast._native import native
-from dlfast.files import write_whole
-from dlfast.measure import alternate, saved_bytes
+from dlfast.app.files import write_whole
+from dlfast.app.measure import alternate, saved_bytes
+from dlfast.app.settings import BACKENDS, make_optimizer, new_settings
+from dlfast.app.train import Result, TrainConfig, fit
 from dlfast.models import NETWORKS, ConvNet, build
-from dlfast.settings import BACKENDS, make_optimizer, new_settings
-from dlfast.train import Result, TrainConfig, fit
 
 NETWORK = "mnistnet"
 FIGURE = "comparison.png"

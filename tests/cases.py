@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlfast import reference
 from dlfast._native import native
-from dlfast.ops import pair, same_padding
+from dlfast.functional.arguments import pair, same_padding
 
 
 @dataclass(frozen=True)

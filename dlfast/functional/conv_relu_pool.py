@@ -1,46 +1,19 @@
-"""The functional operator."""
+"""Convolution, ReLU and pooling as one operator."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import register_fake
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from dlfast import fake, flops, reference
+from dlfast import reference
 from dlfast._native import native, runs_on
-from dlfast.modes import is_transformed
-
-Size2 = int | Sequence[int]
-
-if native.module is not None:
-    fake.register()
-    flops.register()
-
-
-def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], list[int] | None]:
-    """The symmetric part of padding="same", and what `F.pad` must add first where a side needs one more.
-
-    PyTorch puts the odd element at the end (bottom, right).
-    """
-    total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-    low = (total[0] // 2, total[1] // 2)
-    extra = [total[0] - 2 * low[0], total[1] - 2 * low[1]]
-    return low, [0, extra[1], 0, extra[0]] if any(extra) else None
-
-
-def pair(name: str, value: Size2) -> tuple[int, int]:
-    """`value` as (height, width); an int counts for both."""
-    if isinstance(value, int):
-        return (value, value)
-    values = tuple(value)
-    if len(values) == 1:
-        return (values[0], values[0])
-    if len(values) != 2:
-        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    return (values[0], values[1])
+from dlfast.functional import flops
+from dlfast.functional.arguments import Size2, Sizes, pair, same_padding
+from dlfast.functional.modes import is_transformed
+from dlfast.functional.relu_pool import fake_relu_pool2d
 
 
 def conv_relu_pool2d(
@@ -138,3 +111,44 @@ def _pad_by_name(
         raise RuntimeError(f"weight must have 4 dimensions, got shape {tuple(weight.shape)}")
     low, extra = same_padding(weight.shape[2:], pair("dilation", dilation))
     return (F.pad(input, extra) if extra else input), low
+
+
+def _convolved(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:  # fmt: skip
+    z = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    # The operator answers in channels_last wherever an operand suggests it; not all of PyTorch's convolutions do.
+    suggested = [torch._prims_common.suggest_memory_format(t) for t in (input, weight)]
+    return z.contiguous(memory_format=max(suggested, key=lambda format: format == torch.channels_last))
+
+
+def _fake_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes,
+    groups: int, activation: str | None, pool: str | None, pool_size: Sizes, pool_stride: Sizes,
+    pool_padding: Sizes, ceil_mode: bool, save_code: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z = _convolved(input, weight, bias, stride, padding, dilation, groups)
+    return fake_relu_pool2d(z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code)
+
+
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, stride: Sizes, padding: Sizes,
+    dilation: Sizes, groups: int, activation: str | None, pool: str | None, pool_size: Sizes,
+    pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    z = _convolved(input, weight, None, stride, padding, dilation, groups)
+    grads = torch.ops.aten.convolution_backward(
+        torch.empty_like(z), input, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0],
+        groups, output_mask,
+    )  # fmt: skip
+    nothing = input.new_empty([0])
+    grad_input, grad_weight, grad_bias = (
+        grad if wanted else nothing.clone() for grad, wanted in zip(grads, output_mask, strict=True)
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+if native.module is not None:
+    register_fake("dlfast::_conv_relu_pool2d")(_fake_forward)
+    register_fake("dlfast::_conv_relu_pool2d_backward")(_fake_backward)
+    flops.register()

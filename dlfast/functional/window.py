@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dlfast.ops import Size2, pair
+from dlfast.functional.arguments import Size2, pair
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
-"""The functional form of batch normalisation, ReLU and pooling."""
+"""Batch normalisation, ReLU and pooling as one operator."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dlfast import reference
-from dlfast._native import runs_on
-from dlfast.modes import is_exporting, is_transformed
-from dlfast.nn.window import Window
-from dlfast.ops import Size2
+from dlfast._native import native, runs_on
+from dlfast.functional.arguments import Size2, Sizes
+from dlfast.functional.modes import is_exporting, is_transformed
+from dlfast.functional.relu_pool import fake_relu_pool2d
+from dlfast.functional.window import Window
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -101,3 +103,35 @@ def _is_native(input: Tensor, others: list[Tensor]) -> bool:
 def _move(running: Tensor | None, batch: Tensor, momentum: float, factor: float = 1.0) -> None:
     if running is not None:
         running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum * factor)
+
+
+def _fake_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    eps: float, activation: str | None, pool: str | None, pool_size: Sizes, pool_stride: Sizes,
+    pool_padding: Sizes, ceil_mode: bool, save_code: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    output, code = fake_relu_pool2d(
+        input, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code and pool == "max"
+    )
+    wide = torch.promote_types(input.dtype, torch.float32)
+    statistics = input.new_empty([0 if mean is not None else input.shape[1]], dtype=wide)
+    return output, code, statistics, torch.empty_like(statistics)
+
+
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    code: Tensor, batch_statistics: bool, eps: float, activation: str | None, pool: str | None,
+    pool_size: Sizes, pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_input = torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
+    vectors = [torch.empty_like(mean) if like is None else torch.empty_like(like) for like in (weight, bias)]
+    nothing = input.new_empty([0])
+    grads = [
+        grad if wanted else nothing.clone() for grad, wanted in zip([grad_input, *vectors], output_mask, strict=True)
+    ]
+    return grads[0], grads[1], grads[2]
+
+
+if native.module is not None:
+    register_fake("dlfast::_batch_norm_relu_pool2d")(_fake_forward)
+    register_fake("dlfast::_batch_norm_relu_pool2d_backward")(_fake_backward)

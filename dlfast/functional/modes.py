@@ -1,9 +1,8 @@
-"""Modes of PyTorch in which its own operators must run, and what our layers are to a tracer."""
+"""Modes of PyTorch in which its own operators must run."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 
@@ -29,17 +28,3 @@ def is_transformed() -> bool:
     False
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def as_leaf(layer: nn.Module, input: Tensor) -> Tensor | None:
-    """The call of `layer` as one node where ``torch.fx`` traces the module around it, as of a layer of PyTorch's.
-
-    None where nobody traces, or where `layer` itself is what is traced.
-    """
-    if not isinstance(input, fx.Proxy):
-        return None
-    tracer = input.tracer
-    if not isinstance(tracer, fx.Tracer) or tracer.root is layer:
-        return None
-    node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
-    return node

@@ -26,7 +26,7 @@ test: env
 # Also the kernels at every SIMD level of this CPU, plans as on other CPUs, and every model of torchvision.
 test-all: test
 	.ci/cpus
-	DLFAST_ZOO=all $(BIN)/python -m pytest -n auto tests/test_fuse_zoo.py
+	DLFAST_ZOO=all $(BIN)/python -m pytest -n auto tests/fusion/test_zoo.py
 
 bench: env
 	$(BIN)/dlfast bench

@@ -26,7 +26,7 @@ test: env
 # Also the kernels at every SIMD level of this CPU, plans as on other CPUs, and every model of torchvision.
 test-all: test
 	.ci/cpus
-	DLFAST_ZOO=all $(BIN)/python -m pytest -n auto tests/test_fuse_zoo.py
+	DLFAST_ZOO=all $(BIN)/python -m pytest -n auto tests/fusion/test_zoo.py
 
 # `make bench TARGETS="layers"` measures something else; benchmarks/README.md has the list.
 bench: env
@@ -34,14 +34,14 @@ bench: env
 
 # On a machine with a GPU; the report goes to bench/.
 gpu-check: env
-	$(BIN)/python .ci/gpu_check
+	$(BIN)/python -m tools.cuda.gpu_check
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	$(BIN)/python .ci/check_seams.py
+	$(BIN)/python -m tools.seams
 
 format: env
 	$(BIN)/ruff format .

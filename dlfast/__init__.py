@@ -2,8 +2,8 @@
 
 from dlfast import models, nn, optim, reference
 from dlfast.explain import explain
+from dlfast.functional import conv_relu_pool2d
 from dlfast.fusion import NotFusedWarning, fuse, unfuse, verify
-from dlfast.ops import conv_relu_pool2d
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from dlfast.cli import main
+from dlfast.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

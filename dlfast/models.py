@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlfast.functional.arguments import Size2, pair
 from dlfast.nn import ConvPool2d, ConvReLU2d, ConvReLUPool2d
-from dlfast.ops import Size2, pair
 
 __all__ = [
     "NETWORKS",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dlfast._native import native, runs_on
+from dlfast.functional import conv_relu_pool2d
+from dlfast.functional.arguments import pair, same_padding
 from dlfast.nn import ConvReLUPool2d
-from dlfast.ops import conv_relu_pool2d, pair, same_padding
 
 # What each name means, for people.
 PATHS = {

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import scripts  # noqa: F401, finds cuda_build
 import torch
 
 import cuda_build

@@ -3,10 +3,10 @@
 import dataclasses
 
 import torch
-from program import python
 
 import dlfast
 from dlfast import info
+from tests.support.program import python
 
 
 def test_facts_name_versions_and_machine():

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_kinds import LEVELS
 
 from dlfast import _native
+from tests.support.cpu_kinds import LEVELS
+from tests.support.native import needs_native
 
 BUILT = {"native": True, "cuda": False, "torch_version": torch.__version__}
-needs_native = pytest.mark.skipif(_native.native.module is None, reason="needs the compiled extension")
 
 
 def load_with(build: dict | None, tmp_path: Path, monkeypatch) -> _native.Native:
@@ -70,7 +70,7 @@ def test_each_kind_of_problem_at_every_simd_level(level):
     """The same binary, at this machine's own level and those below it; .ci/cpus runs the whole grid there."""
     if LEVELS.index(level) > LEVELS.index(_native.native.module.simd_level()):
         pytest.skip(f"{level} is above this machine's own level")
-    tests = Path(__file__).with_name("test_conv_relu_pool.py")
+    tests = Path(__file__).with_name("functional") / "test_conv_relu_pool.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     command += ["-k", "layouts or without_bias or float64 or tiles_of_four or same_bits or few_channels"]
     environment = {**os.environ, "DLFAST_CPU_CAPABILITY": level, "OMP_NUM_THREADS": "7"}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_kinds import KINDS, plan_for
-from program import python
-from test_block_in_pytorch import needs_native
 
 import dlfast
 from dlfast import info
 from dlfast._native import native
+from tests.support.cpu_kinds import KINDS, plan_for
+from tests.support.native import needs_native
+from tests.support.program import python
 
 pytestmark = needs_native
 

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 import torch.utils.checkpoint
-from test_conv_cuda import on_cuda
 
 import dlfast
 from dlfast._native import native
+from tests.functional.test_conv_cuda import on_cuda
 
 pytestmark = [
     pytest.mark.cuda,

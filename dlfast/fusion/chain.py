@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
+from dlfast.functional.window import Window
 from dlfast.fusion.steps import Step, recognise
 from dlfast.fusion.tracing import Level
-from dlfast.nn.window import Window
 from dlfast.plan import Plan
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_hooks
 
+from dlfast.functional.modes import is_exporting, is_transformed
+from dlfast.functional.window import Window
 from dlfast.fusion.generate import Source, compiled
 from dlfast.fusion.guard import Guard
 from dlfast.fusion.run import AdaptiveSize, ChainRun, NotFusedWarning, PooledChainRun, Run, pool
-from dlfast.modes import is_exporting, is_transformed
-from dlfast.nn.window import Window
 
 REPLICATE = "_replicate_for_data_parallel"
 

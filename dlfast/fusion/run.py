@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlfast.functional import relu_pool2d
+from dlfast.functional.batch_norm_relu_pool import DTYPES
+from dlfast.functional.window import Window
 from dlfast.fusion.generate import Source, compiled
 from dlfast.fusion.layers import Link
 from dlfast.fusion.sizes import convolved, ordinary
 from dlfast.nn.batch_norm import convolve_and_normalise, normalise
 from dlfast.nn.conv import convolve
 from dlfast.nn.folding import Fold
-from dlfast.nn.norm import DTYPES
 from dlfast.nn.plain import HOOKS
-from dlfast.nn.relu_pool import relu_pool2d
-from dlfast.nn.window import Window
 
 AdaptiveSize = tuple[int | None, int | None]
 Sources = Mapping[bool, Source | None]  # by the mode of the module

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from dlfast.functional.window import Window
 from dlfast.nn.conv import extras_of, pooling_of
 from dlfast.nn.plain import oddity
-from dlfast.nn.window import Window
 
 # Activations that never fall as their input rises: the maximum of a window may be taken before them. Their
 # own forward stays where it is and then has less to do.

@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from dlfast.modes import as_leaf, is_exporting
+from dlfast.functional import batch_norm_relu_pool2d, relu_pool2d
+from dlfast.functional.arguments import Size2
+from dlfast.functional.modes import is_exporting
+from dlfast.functional.window import Window
 from dlfast.nn.conv import ConvReLUPool2d, convolve
 from dlfast.nn.folding import Fold
-from dlfast.nn.norm import batch_norm_relu_pool2d
-from dlfast.nn.relu_pool import relu_pool2d
-from dlfast.nn.window import Window
-from dlfast.ops import Size2
+from dlfast.nn.leaf import as_leaf
 
 # Nothing after the convolution itself, whose way the planner chooses all the same.
 CONVOLUTION = Window(activation=None, pool=None)

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlfast import reference
-from dlfast.modes import as_leaf, is_exporting
+from dlfast.functional import conv_relu_pool2d
+from dlfast.functional.arguments import Size2, pair
+from dlfast.functional.modes import is_exporting
+from dlfast.functional.window import Window
+from dlfast.nn.leaf import as_leaf
 from dlfast.nn.plain import oddity
-from dlfast.nn.window import Window
-from dlfast.ops import Size2, conv_relu_pool2d, pair
 
 Self = TypeVar("Self", bound="ConvReLUPool2d")
 

@@ -1,0 +1,1 @@
+"""Code of csrc by itself, and what compilers make of it."""

@@ -1,0 +1,1 @@
+"""dlfast.fuse: what it finds, what it leaves alone, and what users do to a fused model."""

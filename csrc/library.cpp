@@ -164,5 +164,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forget_measurements", dlfast::forget_measurements,
         "Forgets what was timed under torch.backends.cudnn.benchmark");
 #endif
-  dlfast::optim::bind_plan(m);
+  dlfast::optim::bind_step(m);
 }

@@ -43,10 +43,10 @@ def test_wide_3x3_blocks_take_winograd(kind):
 
 @pytest.mark.parametrize(
     ("forced", "forward"),
-    [("direct", "direct"), ("masked", "direct"), ("winograd2", "winograd2"), ("epilogue", "pytorch")],
+    [("direct", "direct"), ("masked", "direct"), ("winograd2", "winograd2"), ("pytorch", "pytorch")],
 )
 def test_a_forced_plan_is_the_plan(monkeypatch, forced, forward, kind):
-    monkeypatch.setenv("DLFAST_PLAN", forced)
+    monkeypatch.setenv("DLFAST_ALGORITHM", forced)
     assert plan_of().forward == forward
 
 
@@ -138,7 +138,7 @@ def test_this_machine_is_planned_for_as_its_kind(dtype, monkeypatch):
 
 
 def test_the_kind_changes_the_plan_and_not_the_kernels(monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "winograd4")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "winograd4")
     input, weight = torch.randn(2, 16, 12, 12), torch.randn(24, 16, 3, 3)
     expected = dlfast.conv_relu_pool2d(input, weight, padding=1)
     for kind in KINDS:
@@ -158,7 +158,7 @@ def test_an_unknown_kind_is_refused_by_name(monkeypatch):
 @pytest.mark.parametrize(("kind", "forward"), [("aarch64", "winograd4"), ("zen2", "pytorch")])
 def test_a_lowered_level_is_slower_than_that_of_the_kind(kind, forward, monkeypatch):
     """The default level is all there is on one of them and a quarter of PyTorch's on the other."""
-    monkeypatch.delenv("DLFAST_PLAN", raising=False)
+    monkeypatch.delenv("DLFAST_ALGORITHM", raising=False)
     monkeypatch.setenv("DLFAST_CPU_KIND", kind)
     monkeypatch.setenv("DLFAST_CPU_CAPABILITY", "default")
     code = (

@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.delenv("DLFAST_PLAN", raising=False)
+    monkeypatch.delenv("DLFAST_ALGORITHM", raising=False)
     native.module.forget_measurements()
     yield
     native.module.forget_measurements()
@@ -130,7 +130,7 @@ def test_a_forced_plan_is_not_measured(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     module, x = block(16), tensor(2, 16, 16, 16)
     before = dlfast.explain(module, x).parts[0].candidates
-    monkeypatch.setenv("DLFAST_PLAN", "single")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "single")
     module(x)
     assert dlfast.explain(module, x).parts[0].candidates == before
 

@@ -24,7 +24,7 @@ OptionalForward cpu_forward(const ConvBlockParams& p, Dtype dtype, Algorithm alg
 
 // What the sparse kernels read, see cpu/kernels.h; winner_mask is undefined without pooling.
 struct SparseGradient {
-  Tensor grad, winner_mask;
+  at::Tensor grad, winner_mask;
 
   const uint8_t* who() const {
     return winner_mask.defined() ? winner_mask.const_data_ptr<uint8_t>() : nullptr;

@@ -45,7 +45,8 @@ ConvParams convolution_of(const char* op, const ConvOptions& options, const Tens
   TORCH_CHECK(input.size(1) == weight.size(1) * options.groups, op, ": input must have ",
               weight.size(1) * options.groups, " channels for weight ", weight.sizes(),
               " with groups=", options.groups, ", got input ", input.sizes());
-  ConvParams p{options};
+  ConvParams p{};
+  static_cast<ConvOptions&>(p) = options;
   p.batch = input.size(0);
   p.in_channels = input.size(1);
   p.out_channels = weight.size(0);

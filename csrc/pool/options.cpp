@@ -58,7 +58,8 @@ int64_t pooled_size(int64_t input, int64_t size, int64_t stride, int64_t padding
 
 ReluPoolParams params_of(const char* op, const PoolOptions& options, at::IntArrayRef sizes,
                          bool channels_last) {
-  ReluPoolParams p{options};
+  ReluPoolParams p{};
+  static_cast<PoolOptions&>(p) = options;
   p.batch = sizes[0];
   p.channels = sizes[1];
   p.channels_last = channels_last;

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "conv/cpu/kernels.h"
+#include "simd/kernels.h"
 
 namespace dlfast {
 namespace {
@@ -34,7 +34,7 @@ double peak_flops() {
   constexpr int64_t kRounds = 1 << 20;
   std::vector<double> flops(at::get_num_threads());
   const double seconds =
-      best_seconds([&](int64_t thread) { flops[thread] = cpu_kernels().multiply_adds(kRounds); });
+      best_seconds([&](int64_t thread) { flops[thread] = level_kernels().multiply_adds(kRounds); });
   double sum = 0.0;
   for (const double f : flops) sum += f;
   return sum / seconds;

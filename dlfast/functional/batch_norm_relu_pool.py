@@ -76,11 +76,11 @@ def batch_norm_relu_pool2d(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
-    save_code = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *tensors))
+    save_winner_mask = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *tensors))
     output, _, mean, var = torch.ops.dlfast._batch_norm_relu_pool2d.default(
         input, weight, bias, None if training else running_mean, None if training else running_var, eps,
         window.activation, window.pool, window.pool_size, window.pool_stride, window.pool_padding,
-        window.ceil_mode, save_code,
+        window.ceil_mode, save_winner_mask,
     )  # fmt: skip
     if training:
         with torch.no_grad():
@@ -108,19 +108,19 @@ def _move(running: Tensor | None, batch: Tensor, momentum: float, factor: float 
 def _fake_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
     eps: float, activation: str | None, pool: str | None, pool_size: Sizes, pool_stride: Sizes,
-    pool_padding: Sizes, ceil_mode: bool, save_code: bool,
+    pool_padding: Sizes, ceil_mode: bool, save_winner_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    output, code = fake_relu_pool2d(
-        input, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code and pool == "max"
+    output, winner_mask = fake_relu_pool2d(
+        input, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_winner_mask and pool == "max"
     )
     wide = torch.promote_types(input.dtype, torch.float32)
     statistics = input.new_empty([0 if mean is not None else input.shape[1]], dtype=wide)
-    return output, code, statistics, torch.empty_like(statistics)
+    return output, winner_mask, statistics, torch.empty_like(statistics)
 
 
 def _fake_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
-    code: Tensor, batch_statistics: bool, eps: float, activation: str | None, pool: str | None,
+    winner_mask: Tensor, batch_statistics: bool, eps: float, activation: str | None, pool: str | None,
     pool_size: Sizes, pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_input = torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))

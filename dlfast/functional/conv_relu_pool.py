@@ -125,16 +125,17 @@ def _convolved(
 def _fake_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes,
     groups: int, activation: str | None, pool: str | None, pool_size: Sizes, pool_stride: Sizes,
-    pool_padding: Sizes, ceil_mode: bool, save_code: bool,
+    pool_padding: Sizes, ceil_mode: bool, save_winner_mask: bool, algorithms: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = _convolved(input, weight, bias, stride, padding, dilation, groups)
-    return fake_relu_pool2d(z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_code)
+    return fake_relu_pool2d(z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_winner_mask)
 
 
 def _fake_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, stride: Sizes, padding: Sizes,
+    grad_output: Tensor, input: Tensor, weight: Tensor, winner_mask: Tensor, stride: Sizes, padding: Sizes,
     dilation: Sizes, groups: int, activation: str | None, pool: str | None, pool_size: Sizes,
     pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
+    algorithms: Sizes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     z = _convolved(input, weight, None, stride, padding, dilation, groups)
     grads = torch.ops.aten.convolution_backward(

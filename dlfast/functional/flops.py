@@ -42,10 +42,11 @@ def _tell(counter: Any) -> None:
 
     @counter.register_flop_formula(torch.ops.dlfast._conv_relu_pool2d_backward)  # type: ignore[untyped-decorator]
     def backward(
-        grad_output: list[int], input: list[int], weight: list[int], code: Any, stride: list[int],
-        padding: list[int], dilation: list[int], groups: int, *rest: Any, out_shape: Any,
+        grad_output: list[int], input: list[int], weight: list[int], winner_mask: Any, stride: list[int],
+        padding: list[int], dilation: list[int], groups: int, activation: Any, pool: Any, pool_size: Any,
+        pool_stride: Any, pool_padding: Any, ceil_mode: bool, mask: list[bool], *rest: Any, out_shape: Any,
     ) -> int:  # fmt: skip
-        z, mask = _convolved(input, weight, stride, padding, dilation), rest[-1]
+        z = _convolved(input, weight, stride, padding, dilation)
         return int(
             of_backward(
                 z, input, weight, None, stride, padding, dilation, False, [0, 0], groups, mask, out_val=out_shape

@@ -63,7 +63,7 @@ def relu_pool2d(
 
 def fake_relu_pool2d(
     input: Tensor, bias: Tensor | None, activation: str | None, pool: str | None, pool_size: Sizes,
-    pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, save_code: bool,
+    pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, save_winner_mask: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # The kernel works in one of two layouts, whatever the strides of the input.
     input = input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
@@ -73,34 +73,34 @@ def fake_relu_pool2d(
     )  # fmt: skip
     if output is input:  # an operator never returns its argument
         output = torch.empty_like(input)
-    return output, _empty_code(output, input, activation, pool, pool_size, save_code)
+    return output, _empty_winner_mask(output, input, activation, pool, pool_size, save_winner_mask)
 
 
-def _empty_code(output: Tensor, z: Tensor, activation: str | None, pool: str | None, pool_size: Sizes,
-                save_code: bool) -> Tensor:  # fmt: skip
-    """The code that `csrc/conv_relu_pool/params.h` describes, for pooled `output` of convolution output `z`."""
-    if save_code and pool == "max":
+def _empty_winner_mask(output: Tensor, z: Tensor, activation: str | None, pool: str | None, pool_size: Sizes,
+                save_winner_mask: bool) -> Tensor:  # fmt: skip
+    """The winner mask that `csrc/pool/params.h` describes, for pooled `output` of convolution output `z`."""
+    if save_winner_mask and pool == "max":
         wide = pool_size[0] * pool_size[1] > 255
         return torch.empty_like(output, dtype=torch.int32 if wide else torch.uint8)
-    if save_code and pool == "avg" and activation == "relu":
+    if save_winner_mask and pool == "avg" and activation == "relu":
         return output.new_empty([(z.numel() + 7) // 8], dtype=torch.uint8)
     return output.new_empty([0], dtype=torch.uint8)
 
 
 def _fake_backward(
-    grad_output: Tensor, code: Tensor, input_size: Sizes, activation: str | None, pool: str | None,
+    grad_output: Tensor, winner_mask: Tensor, input_size: Sizes, activation: str | None, pool: str | None,
     pool_size: Sizes, pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool,
 ) -> Tensor:  # fmt: skip
-    like = code if code.dim() == 4 else grad_output
+    like = winner_mask if winner_mask.dim() == 4 else grad_output
     shape = [*grad_output.shape[:2], *input_size]
     return grad_output.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(like))
 
 
 def _fake_transpose(
-    grad_input: Tensor, code: Tensor, activation: str | None, pool: str | None, pool_size: Sizes,
+    grad_input: Tensor, winner_mask: Tensor, activation: str | None, pool: str | None, pool_size: Sizes,
     pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool,
 ) -> Tensor:  # fmt: skip
-    like = code if code.dim() == 4 else grad_input
+    like = winner_mask if winner_mask.dim() == 4 else grad_input
     output = reference.relu_pool2d(
         grad_input, pool=pool, pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding,
         ceil_mode=ceil_mode,

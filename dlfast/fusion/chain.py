@@ -10,7 +10,7 @@ from torch import fx, nn
 from dlfast.functional.window import Window
 from dlfast.fusion.steps import Step, recognise
 from dlfast.fusion.tracing import Level
-from dlfast.plan import Plan
+from dlfast.choice import BlockChoice
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Chain:
     why_not: str = ""
     stop: str = ""  # why it ends where it does, where something fusable seemed to follow
     last: Site | None = None  # whose value is the chain's
-    plan: Plan | None = None  # of a convolution block, where example inputs were given
+    choice: BlockChoice | None = None  # of a convolution block, where example inputs were given
     bytes_saved: int | None = None
 
     @property

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from dlfast._native import runs_on
+from dlfast.choice import BlockChoice, choose
 from dlfast.fusion.chain import Chain
 from dlfast.fusion.sizes import convolved, ordinary
 from dlfast.nn.batch_norm import CONVOLUTION
 from dlfast.nn.conv import ConvReLUPool2d
-from dlfast.plan import Plan, plan_block
 
 # The input of a layer (shape, dtype), by the id of the layer.
 Shapes = Mapping[int, tuple[torch.Size, torch.dtype]]
 
 
 def weigh(chain: Chain, shapes: Shapes | None) -> str:
-    """Why fusing `chain` would gain nothing; empty where it gains. Fills in its plan, gain and bytes saved."""
+    """Why fusing `chain` would gain nothing; empty where it gains. Fills in its choice, gain and bytes saved."""
     tensor = _some_tensor(chain)
     if tensor is not None and not runs_on(tensor.device):
         return f"no compiled operators for {tensor.device}: PyTorch would run it as it is"
@@ -38,10 +38,10 @@ def weigh(chain: Chain, shapes: Shapes | None) -> str:
             return reason
     if chain.bn is not None:
         return ""
-    if chain.window.pool is None and (chain.plan is None or chain.plan.predicted_gain <= 1.0):
+    if chain.window.pool is None and (chain.choice is None or chain.choice.predicted_gain <= 1.0):
         return chain.stop or "without pooling PyTorch's own kernels run: nothing to gain"
-    if chain.plan is not None and chain.plan.predicted_gain < 1.0:
-        return f"predicted to be slower ({chain.plan.predicted_gain:.2f}x): {chain.plan.reason}"
+    if chain.choice is not None and chain.choice.predicted_gain < 1.0:
+        return f"predicted to be slower ({chain.choice.predicted_gain:.2f}x): {chain.choice.reason}"
     return ""
 
 
@@ -54,7 +54,7 @@ def _measure(chain: Chain, shape: torch.Size, dtype: torch.dtype) -> str:
             z = torch.empty(convolved(conv, shape), dtype=dtype)
         if chain.adaptive is not None and ordinary(chain.adaptive, z.shape[-2:]) is None:
             return f"the adaptive pooling is no ordinary one at {tuple(z.shape[-2:])}"
-        chain.plan = _plan(conv, chain, shape, dtype)
+        chain.choice = _choice(conv, chain, shape, dtype)
     else:
         z = torch.empty(shape, dtype=dtype, device="meta")
     if chain.window.pool is not None:
@@ -63,7 +63,7 @@ def _measure(chain: Chain, shape: torch.Size, dtype: torch.dtype) -> str:
 
 
 def _bytes_saved(chain: Chain, z: Tensor) -> int:
-    """What backward no longer keeps: the ReLU's output and the 8-byte indices, for one byte of code.
+    """What backward no longer keeps: the ReLU's output and the 8-byte indices, for one byte of the winner mask.
 
     An average keeps one bit for each element in place of the ReLU's output.
     """
@@ -80,7 +80,7 @@ def _bytes_saved(chain: Chain, z: Tensor) -> int:
     return z.numel() * z.element_size() + 7 * pooled
 
 
-def _plan(conv: nn.Conv2d, chain: Chain, shape: torch.Size, dtype: torch.dtype) -> Plan:
+def _choice(conv: nn.Conv2d, chain: Chain, shape: torch.Size, dtype: torch.dtype) -> BlockChoice:
     block = ConvReLUPool2d.__new__(ConvReLUPool2d)
     block.__dict__.update(conv.__dict__)
     # Under a normalisation the convolution is an operator of its own, but for evaluation.
@@ -93,7 +93,7 @@ def _plan(conv: nn.Conv2d, chain: Chain, shape: torch.Size, dtype: torch.dtype) 
     # The gradient of images is seldom asked for.
     like = torch.empty(shape, dtype=dtype, device=conv.weight.device, requires_grad=conv.in_channels > 4)
     with torch.enable_grad():
-        return plan_block(block, like)
+        return choose(block, like)
 
 
 def _some_tensor(chain: Chain) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import nn
 from dlfast.fusion.api import as_inputs, check_model, is_fused, look, unfuse
 from dlfast.fusion.chain import Chain
 from dlfast.fusion.survey import Survey
+from dlfast.ran import Ran, ran_lines
 
 HEADINGS = ("layer", "chain", "how it runs", "saved for backward", "predicted gain")
 
@@ -26,6 +27,7 @@ class FusionReport:
         refused: what looks like a chain and is left alone, each with its reason.
         untraced: names of modules whose forward could not be followed, with the reason.
         why_not: why nothing at all is fused, or "".
+        ran: with ``explain(..., ran=True)``, what of our operators ran.
     """
 
     model: str
@@ -34,12 +36,13 @@ class FusionReport:
     refused: tuple[tuple[str, str, str], ...]
     untraced: tuple[tuple[str, str], ...]
     why_not: str
+    ran: tuple[Ran, ...] | None = None
 
     @property
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """One for each chain that fuses, as `HEADINGS` says."""
         return [
-            (chain.name, chain.describe(), _path(chain), _megabytes(chain.bytes_saved), _gain(chain))
+            (chain.name, chain.describe(), _how(chain), _megabytes(chain.bytes_saved), _gain(chain))
             for chain in self.chains
         ]
 
@@ -72,7 +75,8 @@ class FusionReport:
         unseen: dict[str, list[str]] = {}
         for name, why_not in self.untraced:
             unseen.setdefault(why_not, []).append(name or "the model's forward")
-        return lines + [f"not followed: {_some(names)}: {why_not}" for why_not, names in unseen.items()]
+        lines += [f"not followed: {_some(names)}: {why_not}" for why_not, names in unseen.items()]
+        return lines if self.ran is None else [*lines, *ran_lines(self.ran)]
 
     def __str__(self) -> str:
         rows = [HEADINGS, *self.rows]
@@ -82,7 +86,7 @@ class FusionReport:
 
 
 def report(model: nn.Module, *inputs: Any) -> FusionReport:
-    """The report of `model`, planned for `inputs` where there are any; nothing is changed."""
+    """The report of `model`, with the algorithms for `inputs` where there are any; nothing is changed."""
     check_model("explain", model)
     fused = is_fused(model)
     found = look(unfuse(model), as_inputs(inputs) or None)
@@ -127,11 +131,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + more
 
 
-def _path(chain: Chain) -> str:
+def _how(chain: Chain) -> str:
     if chain.kind != "conv":
         return "one pass"
-    plan = chain.plan
-    how = "one operator" if plan is None else f"{plan.forward}, backward {plan.grad_input} and {plan.grad_weight}"
+    c = chain.choice
+    how = "one operator" if c is None else f"{c.forward}, backward {c.grad_input} and {c.grad_weight}"
     return how if chain.bn is None else f"{how}; one pass after it, in evaluation folded into it"
 
 
@@ -140,4 +144,4 @@ def _megabytes(count: int | None) -> str:
 
 
 def _gain(chain: Chain) -> str:
-    return "" if chain.plan is None else f"{chain.plan.predicted_gain:.2f}x"
+    return "" if chain.choice is None else f"{chain.choice.predicted_gain:.2f}x"

@@ -165,7 +165,7 @@ def test_accuracy_is_within_what_is_promised(seed):
 def test_accuracy_is_that_of_the_ways_it_names(monkeypatch):
     for part, ways in accuracy.WAYS.items():
         for way in ways:
-            monkeypatch.setenv("DLFAST_PLAN", way)
+            monkeypatch.setenv("DLFAST_ALGORITHM", way)
             taken = {getattr(plan_without_pooling(dtype), part) for dtype in accuracy.DTYPES}
             assert taken == {"sparse" if way == "direct" and part != "forward" else way}
 
@@ -193,7 +193,7 @@ def test_several_calls_are_timed_as_one():
 def test_blocks_of_the_gpu_benchmark(monkeypatch):
     """All but the device: every plan and PyTorch, the plan of the environment being as it was in between."""
     seen = []
-    monkeypatch.setenv("DLFAST_PLAN", "epilogue")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "pytorch")
     layer = traffic.Layer("net", "conv", 2, 3, 8, 12)
     problem = gpu.block_problem(layer, torch.float32, "cpu", compile=False)
     assert problem.variants_by_name() == ["dlfast", "dlfast epilogue", "dlfast single", "PyTorch"]
@@ -202,13 +202,13 @@ def test_blocks_of_the_gpu_benchmark(monkeypatch):
     original = dlfast.nn.ConvReLUPool2d.forward
     monkeypatch.setattr(
         dlfast.nn.ConvReLUPool2d, "forward",
-        lambda self, x: seen.append(gpu.os.environ.get("DLFAST_PLAN")) or original(self, x),
+        lambda self, x: seen.append(gpu.os.environ.get("DLFAST_ALGORITHM")) or original(self, x),
     )  # fmt: skip
     for variant in problem.variants:
         for call in variant.calls.values():
             call()
-    assert seen == [None, None, "epilogue", "epilogue", "single", "single"]
-    assert gpu.os.environ["DLFAST_PLAN"] == "epilogue"
+    assert seen == [None, None, "pytorch", "pytorch", "single", "single"]
+    assert gpu.os.environ["DLFAST_ALGORITHM"] == "pytorch"
 
 
 def test_other_libraries_are_compared_only_where_they_are(monkeypatch, capsys):

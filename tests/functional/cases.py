@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from dlfast import reference
 from dlfast._native import native
 from dlfast.functional.arguments import pair, same_padding
+from dlfast.ran import Ran, watch
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,36 @@ def run(function: Any, tensors: list[Tensor], options: dict[str, Any]) -> tuple[
     return output.detach(), [leaf.grad for leaf in leaves]
 
 
-def chosen_ways(tensors: list[Tensor], options: dict[str, Any]) -> dict[str, str]:
-    """What the planner takes for forward, grad_input and grad_weight of `tensors`, the code for backward being kept."""
-    input, weight, *bias = tensors
+def report(input: Tensor, weight: Tensor, conv: Sequence[Any], pooling: Sequence[Any], bias: Tensor | None = None) -> Any:
+    """What is chosen for a block that keeps its winner mask, as the extension says it.
+
+    Args:
+        conv: stride, padding, dilation and groups, the first three as pairs.
+        pooling: activation, pool, pool_size, pool_stride, pool_padding and ceil_mode.
+    """
+    names = ("stride", "padding", "dilation", "groups", "activation", "pool", "pool_size", "pool_stride", "pool_padding",
+             "ceil_mode")  # fmt: skip
+    options = dict(zip(names, [*conv, *pooling], strict=True))
+    return native.module.report_block(
+        input=input, weight=weight, bias=bias, save_winner_mask=True, flops=1.0, bandwidth=1.0, **options
+    )
+
+
+def candidates(input: Tensor, weight: Tensor, conv: Sequence[Any], pooling: Sequence[Any], part: str) -> list[str]:
+    """The algorithms that take a part of a block."""
+    return [c.algorithm for c in getattr(report(input, weight, conv, pooling), part).candidates]
+
+
+def chosen(input: Tensor, weight: Tensor, conv: Sequence[Any], pooling: Sequence[Any]) -> dict[str, str]:
+    """The algorithm of each part of a block."""
+    found = report(input, weight, conv, pooling)
+    choices = {part: getattr(found, part) for part in ("forward", "grad_input", "grad_weight")}
+    return {part: choice.candidates[choice.best].algorithm for part, choice in choices.items()}
+
+
+def chosen_algorithms(tensors: list[Tensor], options: dict[str, Any]) -> dict[str, str]:
+    """What is chosen for forward, grad_input and grad_weight of `tensors`."""
+    input, weight, *_ = tensors
     input = input if input.dim() == 4 else input.unsqueeze(0)
     conv = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **options}
     dilation, padding = pair("dilation", conv["dilation"]), conv["padding"]
@@ -197,13 +226,37 @@ def chosen_ways(tensors: list[Tensor], options: dict[str, Any]) -> dict[str, str
         padding, extra = same_padding(weight.shape[2:], dilation) if padding == "same" else ((0, 0), None)
         input = input if extra is None else torch.nn.functional.pad(input, extra)
     window = options.get("pool_size", 2)
-    rows = native.module.plan_block(
-        input, weight, bias[0] if bias else None, pair("stride", conv["stride"]), pair("padding", padding), dilation,
-        conv["groups"], options.get("activation", "relu"), options.get("pool", "max"), pair("pool_size", window),
-        pair("pool_stride", options.get("pool_stride") or window), pair("pool_padding", options.get("pool_padding", 0)),
-        options.get("ceil_mode", False), True,
+    return chosen(
+        input,
+        weight,
+        (pair("stride", conv["stride"]), pair("padding", padding), dilation, conv["groups"]),
+        (
+            options.get("activation", "relu"), options.get("pool", "max"), pair("pool_size", window),
+            pair("pool_stride", options.get("pool_stride") or window), pair("pool_padding", options.get("pool_padding", 0)),
+            options.get("ceil_mode", False),
+        ),
     )  # fmt: skip
-    return {part: path for part, path, *_, chosen in rows if chosen}
+
+
+def algorithms_of(ran: list[Ran]) -> dict[str, str]:
+    """The algorithm of each part of the one convolution that has run."""
+    mine = [each for each in ran if each.operator == "conv_relu_pool2d"]
+    parts = [each.part for each in mine]
+    assert len(parts) == len(set(parts)), mine
+    return {each.part: each.algorithm for each in mine}
+
+
+def run_as_chosen(function: Any, tensors: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """`run`, and a check that what was chosen is what ran: kernels that find nothing but finite numbers never give up."""
+    with watch() as ran:
+        output, grads = run(function, tensors, options)
+    if native.module is None or not output.numel():
+        return output, grads
+    expected = chosen_algorithms(tensors, options)
+    alone = options.get("activation", "relu") is None and options.get("pool", "max") is None
+    if not (alone and set(expected.values()) == {"pytorch"}):  # then it is PyTorch's convolution, and nothing of ours
+        assert algorithms_of(ran) == expected
+    return output, grads
 
 
 def winograd_accepts(case: Case) -> bool:
@@ -212,20 +265,20 @@ def winograd_accepts(case: Case) -> bool:
 
 
 def assert_forced(case: Case, tensors: list[Tensor]) -> None:
-    """The planner takes the way that DLFAST_PLAN names, wherever that takes the problem with its code kept."""
-    plan, dtype = os.environ["DLFAST_PLAN"], tensors[0].dtype
+    """The algorithm that DLFAST_ALGORITHM names is chosen, wherever it takes the problem with its winner mask kept."""
+    forced, dtype = os.environ["DLFAST_ALGORITHM"], tensors[0].dtype
     pool, activation = (case.pool.get(name, default) for name, default in [("pool", "max"), ("activation", "relu")])
     needs_mask = pool == "avg" and activation == "relu"
-    if plan == "epilogue" or needs_mask or dtype == torch.float64 or tensors[0].numel() == 0:
-        way = "pytorch"
-    elif plan.startswith("winograd") and winograd_accepts(case):
-        way = plan
-    elif not plan.startswith("winograd") and pool is None and case.c == case.k == case.conv.get("groups", 1):
-        way = "depthwise"
+    if forced == "pytorch" or needs_mask or dtype == torch.float64 or tensors[0].numel() == 0:
+        algorithm = "pytorch"
+    elif forced.startswith("winograd") and winograd_accepts(case):
+        algorithm = forced
+    elif not forced.startswith("winograd") and pool is None and case.c == case.k == case.conv.get("groups", 1):
+        algorithm = "depthwise"
     else:
-        way = "direct"
+        algorithm = "direct"
     if native.module is not None:
-        assert chosen_ways(tensors, case.options)["forward"] == way
+        assert chosen_algorithms(tensors, case.options)["forward"] == algorithm
 
 
 def forward_bound(case: Case, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -70,22 +70,22 @@ BACKWARD = {"window": ["relu", "max", [2, 2], [2, 2], [0, 0], False]}
 
 
 @pytest.mark.parametrize(
-    ("named", "grad", "code"),
+    ("named", "grad", "winner_mask"),
     [
         ("grad_output", torch.ones(2, 6, 4, 4), torch.zeros(2, 6, 3, 3, dtype=torch.uint8)),
-        ("code", torch.ones(2, 6, 3, 3), torch.zeros(2, 6, 3, 2, dtype=torch.uint8)),
-        ("code", torch.ones(2, 6, 3, 3), torch.zeros(2, 6, 3, 3)),
-        ("code", torch.ones(2, 6, 3, 3), torch.zeros(0, dtype=torch.uint8)),
+        ("winner_mask", torch.ones(2, 6, 3, 3), torch.zeros(2, 6, 3, 2, dtype=torch.uint8)),
+        ("winner_mask", torch.ones(2, 6, 3, 3), torch.zeros(2, 6, 3, 3)),
+        ("winner_mask", torch.ones(2, 6, 3, 3), torch.zeros(0, dtype=torch.uint8)),
     ],
 )
-def test_backward_operator_checks_what_it_reads(named, grad, code):
-    """The operator is public in torch.ops: a code that does not fit must not be read out of bounds."""
+def test_backward_operator_checks_what_it_reads(named, grad, winner_mask):
+    """The operator is public in torch.ops: a winner_mask that does not fit must not be read out of bounds."""
     with pytest.raises(RuntimeError, match=named):
         torch.ops.dlfast._conv_relu_pool2d_backward(
-            grad, X, W, code, [1, 1], [0, 0], [1, 1], 1, *BACKWARD["window"], [True, True, True]
+            grad, X, W, winner_mask, [1, 1], [0, 0], [1, 1], 1, *BACKWARD["window"], [True, True, True]
         )
     with pytest.raises(RuntimeError, match=named):
-        torch.ops.dlfast._relu_pool2d_backward(grad, code, [6, 6], *BACKWARD["window"])
+        torch.ops.dlfast._relu_pool2d_backward(grad, winner_mask, [6, 6], *BACKWARD["window"])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -93,23 +93,23 @@ def test_backward_operator_checks_what_it_reads(named, grad, code):
 def test_a_made_up_code_stays_inside_memory(value, channels_last):
     """Positions that a 2x2 window does not have: nothing is read or written outside, and nothing is passed on."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    code = torch.full((2, 6, 3, 3), value, dtype=torch.uint8).contiguous(memory_format=layout)
+    winner_mask = torch.full((2, 6, 3, 3), value, dtype=torch.uint8).contiguous(memory_format=layout)
     grad = torch.ones(2, 6, 3, 3).contiguous(memory_format=layout)
     window = ["relu", "max", [2, 2], [2, 2], [1, 1], False]
-    small = torch.ops.dlfast._relu_pool2d_backward(grad, code, [5, 5], *window)
+    small = torch.ops.dlfast._relu_pool2d_backward(grad, winner_mask, [5, 5], *window)
     assert small.shape == (2, 6, 5, 5)
     assert small.isfinite().all()
-    back = torch.ops.dlfast._relu_pool2d_transpose(torch.ones(2, 6, 5, 5), code, *window)
+    back = torch.ops.dlfast._relu_pool2d_transpose(torch.ones(2, 6, 5, 5), winner_mask, *window)
     assert back.isfinite().all()
     grads = torch.ops.dlfast._conv_relu_pool2d_backward(
-        grad, X[:, :, :7, :7].clone(), W, code, [1, 1], [0, 0], [1, 1], 1, *window, [True, True, True]
+        grad, X[:, :, :7, :7].clone(), W, winner_mask, [1, 1], [0, 0], [1, 1], 1, *window, [True, True, True]
     )
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("plan", ["direct", "epilogue"])
+@pytest.mark.parametrize("plan", ["direct", "pytorch"])
 def test_expanded_and_overlapping_tensors(plan, monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", plan)
+    monkeypatch.setenv("DLFAST_ALGORITHM", plan)
     expanded = torch.randn(1, 1, 8, 8).expand(2, 4, 8, 8)
     overlapping = torch.randn(200).as_strided((2, 4, 8, 8), (16, 4, 2, 1))
     for input in (expanded, overlapping):
@@ -126,7 +126,7 @@ def test_expanded_and_overlapping_tensors(plan, monkeypatch):
 )
 def test_huge_padding_takes_no_scratch_to_match(options, monkeypatch):
     """The padded input would have up to 2**62 elements; PyTorch never makes it, and neither do we."""
-    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "direct")
     input, weight = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
     torch.testing.assert_close(
         dlfast.conv_relu_pool2d(input, weight, **options), dlfast.reference.conv_relu_pool2d(input, weight, **options)
@@ -134,8 +134,8 @@ def test_huge_padding_takes_no_scratch_to_match(options, monkeypatch):
 
 
 def test_unknown_plan_is_refused(monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "fastest")
-    with pytest.raises((RuntimeError, ValueError), match="DLFAST_PLAN"):
+    monkeypatch.setenv("DLFAST_ALGORITHM", "fastest")
+    with pytest.raises((RuntimeError, ValueError), match="DLFAST_ALGORITHM"):
         dlfast.conv_relu_pool2d(X, W)
 
 

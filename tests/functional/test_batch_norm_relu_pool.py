@@ -177,13 +177,13 @@ def test_opcheck(fixed, pool, layout, dtype):
     window = ["relu", pool, [3, 3], [2, 2], [1, 1], True]
     op = torch.ops.dlfast._batch_norm_relu_pool2d.default
     torch.library.opcheck(op, (*tensors, *given, 1e-5, *window, True))
-    output, code, mean, var = (t.detach() for t in op(*tensors, *given, 1e-5, *window, True))
+    output, winner_mask, mean, var = (t.detach() for t in op(*tensors, *given, 1e-5, *window, True))
     mean, var = statistics if fixed else (mean, var)
     grad = torch.randn_like(output)
     plain = [t.detach() for t in tensors]
     torch.library.opcheck(
         torch.ops.dlfast._batch_norm_relu_pool2d_backward.default,
-        (grad, *plain, mean, var, code, not fixed, 1e-5, *window, [True, True, True]),
+        (grad, *plain, mean, var, winner_mask, not fixed, 1e-5, *window, [True, True, True]),
     )
 
 

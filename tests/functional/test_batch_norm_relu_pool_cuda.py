@@ -198,12 +198,12 @@ def test_ties_go_to_the_first_and_codes_are_those_of_the_pass_after_a_convolutio
         ones, zeros = torch.ones(8, device="cuda"), torch.zeros(8, device="cuda")
         window = ("relu", "max", [3, 3], [2, 2], [1, 1], False)
         op = torch.ops.dlfast._batch_norm_relu_pool2d.default
-        output, code, mean, var = op(x, None, None, zeros, ones, 0.0, *window, True)
-        same, codes = torch.ops.dlfast._relu_pool2d(x, None, *window, True)
+        output, winner_mask, mean, var = op(x, None, None, zeros, ones, 0.0, *window, True)
+        same, winner_masks = torch.ops.dlfast._relu_pool2d(x, None, *window, True)
         assert torch.equal(output.cpu(), same.cpu())
-        assert torch.equal(code.cpu(), codes.cpu())
-        assert code.dtype == torch.uint8
-        assert codes.cpu().ne(255).any()
+        assert torch.equal(winner_mask.cpu(), winner_masks.cpu())
+        assert winner_mask.dtype == torch.uint8
+        assert winner_masks.cpu().ne(255).any()
         assert mean.numel() == var.numel() == 0
         _, nothing, _, _ = op(x, None, None, zeros, ones, 0.0, *window, False)
         assert nothing.numel() == 0

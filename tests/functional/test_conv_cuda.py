@@ -34,18 +34,19 @@ def on_cuda(tensor: Tensor, offset: int = 0) -> Tensor:
     return storage.as_strided((n, c, h, w), (c * h * w, 1, c * w, c), offset).copy_(tensor)
 
 
-def ways(tensors: list[Tensor], case: Case) -> dict[str, str]:
-    """The chosen way of each part of a block."""
+def algorithms(tensors: list[Tensor], case: Case) -> dict[str, str]:
+    """The chosen algorithm of each part of a block."""
     assert native.module is not None
     pool = case.pool.get("pool", "max")
     size = cases_pair(case.pool.get("pool_size", 2))
-    rows = native.module.plan_block(
-        tensors[0], tensors[1], None, cases_pair(case.conv.get("stride", 1)), cases_pair(case.conv.get("padding", 0)),
-        cases_pair(case.conv.get("dilation", 1)), case.conv.get("groups", 1), case.pool.get("activation", "relu"),
-        pool, size, cases_pair(case.pool.get("pool_stride", size)), cases_pair(case.pool.get("pool_padding", 0)),
-        case.pool.get("ceil_mode", False), True,
+    conv = [cases_pair(case.conv.get(name, default)) for name, default in [("stride", 1), ("padding", 0), ("dilation", 1)]]
+    return cases.chosen(
+        tensors[0], tensors[1], [*conv, case.conv.get("groups", 1)],
+        (
+            case.pool.get("activation", "relu"), pool, size, cases_pair(case.pool.get("pool_stride", size)),
+            cases_pair(case.pool.get("pool_padding", 0)), case.pool.get("ceil_mode", False),
+        ),
     )  # fmt: skip
-    return {part: path for part, path, *_, chosen in rows if chosen}
 
 
 def cases_pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -59,11 +60,13 @@ def check(case: Case, dtype: torch.dtype, offset: int = 0, bias: bool = True) ->
     expected, expected_grads = cases.run(reference.conv_relu_pool2d, wide, case.options)
     assert expected.ne(0).any()
     ours = [on_cuda(t, offset) if t.dim() == 4 else t.cuda() for t in tensors]
-    chosen = ways(ours, case)
+    chosen = algorithms(ours, case)
     assert chosen["forward"] == "single"
     if cases_pair(case.conv.get("stride", 1)) == (1, 1):
         assert chosen["grad_input"] == "single"
-    output, grads = cases.run(dlfast.conv_relu_pool2d, ours, case.options)
+    with watch() as ran:
+        output, grads = cases.run(dlfast.conv_relu_pool2d, ours, case.options)
+    assert cases.algorithms_of(ran) == chosen
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(output.cpu().double(), expected.to(dtype).double())
     for name, grad, wanted in zip(["input", "weight", "bias"], grads, expected_grads, strict=False):
@@ -74,7 +77,7 @@ def check(case: Case, dtype: torch.dtype, offset: int = 0, bias: bool = True) ->
 
 @pytest.fixture(autouse=True)
 def single(monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "single")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "single")
 
 
 GRID = [
@@ -122,7 +125,7 @@ def test_storage_offsets_and_no_bias(case, dtype):
 @pytest.mark.parametrize("case", [case for case in SAMPLE if case.c <= 24], ids=str)
 def test_without_tensor_cores(case, dtype, monkeypatch):
     """Ordinary multiply-adds: float32 where TF32 is not allowed, and what devices before sm_80 run."""
-    monkeypatch.setenv("DLFAST_PRODUCTS", "fma")
+    monkeypatch.setenv("DLFAST_MATH_MODE", "fma")
     check(case, dtype)
 
 
@@ -158,7 +161,7 @@ def test_accuracy_against_float64(case, dtype):
 @pytest.mark.parametrize("channels", [3, 16])
 def test_nan_and_infinity(channels, where, value, products, monkeypatch):
     """They meet the same zeros as in PyTorch, and no others: not those that fill up shared memory."""
-    monkeypatch.setenv("DLFAST_PRODUCTS", products)
+    monkeypatch.setenv("DLFAST_MATH_MODE", products)
     case = Case(c=channels, k=12, h=11, w=13, kernel=(3, 3))
     tensors = [*cases.integers(case, torch.float16), torch.ones(2, 12, 4, 5, dtype=torch.float16)]
     tensors[["input", "weight", "bias", "grad"].index(where)].view(-1)[5] = value
@@ -183,10 +186,10 @@ def test_inference_saves_no_code():
     tensors = cases.integers(case, torch.float16)
     input, weight = (on_cuda(t) for t in tensors[:2])
     options = ([1, 1], [1, 1], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False)
-    output, code = torch.ops.dlfast._conv_relu_pool2d(input, weight, tensors[2].cuda(), *options, False)
-    kept, codes = torch.ops.dlfast._conv_relu_pool2d(input, weight, tensors[2].cuda(), *options, True)
-    assert code.numel() == 0
-    assert codes.shape == output.shape
+    output, winner_mask = torch.ops.dlfast._conv_relu_pool2d(input, weight, tensors[2].cuda(), *options, False)
+    kept, winner_masks = torch.ops.dlfast._conv_relu_pool2d(input, weight, tensors[2].cuda(), *options, True)
+    assert winner_mask.numel() == 0
+    assert winner_masks.shape == output.shape
     assert torch.equal(output, kept)
 
 
@@ -222,7 +225,7 @@ def test_what_outgrows_a_tile_is_left_to_pytorch():
 
 
 def test_products_are_named(monkeypatch):
-    monkeypatch.setenv("DLFAST_PRODUCTS", "tensor_core")
+    monkeypatch.setenv("DLFAST_MATH_MODE", "tensor_core")
     input, weight = torch.ones(1, 8, 4, 4, device="cuda"), torch.ones(8, 8, 3, 3, device="cuda")
-    with pytest.raises(ValueError, match="DLFAST_PRODUCTS must be fma or unset, got tensor_core"):
+    with pytest.raises(ValueError, match="DLFAST_MATH_MODE must be fma or unset, got tensor_core"):
         dlfast.conv_relu_pool2d(input, weight)

@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "single")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "single")
 
 
 # How products are computed: the dtype, and whether float32 may be rounded to TF32.
@@ -75,7 +75,7 @@ class Problem:
     input: Tensor
     weight: Tensor
     grad_y: Tensor  # (N, K, PH, PW)
-    code: Tensor  # as grad_y
+    winner_mask: Tensor  # as grad_y
     dense: Tensor  # (N, K, OH, OW), float64
 
     @property
@@ -91,18 +91,19 @@ class Problem:
         return [options["activation"], options["pool"], list(size), list(stride), [0, 0], options["ceil_mode"]]
 
     def on_device(self) -> list[Tensor]:
-        tensors = [self.grad_y, self.input, self.weight, self.code]
+        tensors = [self.grad_y, self.input, self.weight, self.winner_mask]
         return [in_channels_last(t) if t.dim() == 4 else t.cuda() for t in tensors]
 
-    def path(self) -> str:
+    def algorithm(self) -> str:
         _, input, weight, _ = self.on_device()
-        rows = native.module.plan_block(input, weight, None, *self.conv, *self.pooling, True)
-        return next(name for part, name, *_, chosen in rows if part == "grad_weight" and chosen)
+        return cases.chosen(input, weight, self.conv, self.pooling)["grad_weight"]
 
     def backward(self, tensors: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         tensors = tensors or self.on_device()
         op = torch.ops.dlfast._conv_relu_pool2d_backward
-        _, grad_weight, grad_bias = op(*tensors, *self.conv, *self.pooling, [False, True, True])
+        with watch() as ran:
+            _, grad_weight, grad_bias = op(*tensors, *self.conv, *self.pooling, [False, True, True])
+        assert cases.algorithms_of(ran) == {"grad_weight": self.algorithm()}
         assert grad_weight.dtype == grad_bias.dtype == self.input.dtype
         return grad_weight, grad_bias
 
@@ -135,7 +136,7 @@ def make(case: Case, dtype: torch.dtype, numbers: str = "integers", seed: int = 
         return torch.randn(like.shape, generator=generator).to(dtype)
 
     if pool is None:
-        problem.code = z.to(dtype).relu() if activation else torch.empty(0, dtype=torch.uint8)
+        problem.winner_mask = z.to(dtype).relu() if activation else torch.empty(0, dtype=torch.uint8)
         problem.grad_y = gradient(z)
         problem.dense = problem.grad_y.double() * (~(z <= 0) if activation else 1)
         return problem
@@ -143,7 +144,7 @@ def make(case: Case, dtype: torch.dtype, numbers: str = "integers", seed: int = 
     row = winner // z.size(3) - torch.arange(pooled.size(2)).view(-1, 1) * pool_stride[0]
     column = winner % z.size(3) - torch.arange(pooled.size(3)) * pool_stride[1]
     none = (pooled <= 0) if activation else torch.zeros_like(pooled, dtype=torch.bool)
-    problem.code = (row * size[1] + column).masked_fill(none, 255).to(torch.uint8)
+    problem.winner_mask = (row * size[1] + column).masked_fill(none, 255).to(torch.uint8)
     problem.grad_y = gradient(pooled)
     sent = problem.grad_y.double().masked_fill(none, 0)
     problem.dense = torch.zeros_like(z).flatten(2).scatter(2, winner.flatten(2), sent.flatten(2)).view(z.shape)
@@ -179,7 +180,7 @@ def test_integers_are_exact(case, kind):
         problem = make(replace(case, pool=pool), dtype, seed=seed)
         if problem is None:
             continue
-        assert problem.path() == "single", problem.case
+        assert problem.algorithm() == "single", problem.case
         for name, actual, expected in zip(("weight", "bias"), problem.backward(), problem.expected(), strict=True):
             message = f"grad_{name} of {problem.case}"
             assert torch.equal(actual.cpu(), expected.to(dtype)), message
@@ -209,7 +210,7 @@ def test_large_problems(case, pool, kind):
     case = replace(case, pool=pool)
     problem = make(case, dtype)
     assert problem is not None
-    assert problem.path() == "single"
+    assert problem.algorithm() == "single"
     for actual, expected in zip(problem.backward(), problem.expected(), strict=True):
         assert expected.ne(0).any()
         assert torch.equal(actual.cpu(), expected.to(dtype))
@@ -221,7 +222,7 @@ def test_normals_are_within_the_bound(case, pool, kind):
     dtype, tf32 = kind
     problem = make(replace(case, pool=pool), dtype, "normals")
     assert problem is not None
-    assert problem.path() == "single"
+    assert problem.algorithm() == "single"
     assert_within_bound(problem, dtype, tf32)
     first, second = problem.backward(), problem.backward()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "not the same bits on every run"
@@ -246,8 +247,8 @@ def test_nan_and_infinity(case, pool, kind):
     assert problem is not None
     sent = problem.grad_y[:, :, 1:-1, 1:-1]
     sent[0, 3, 0, 1], sent[1, 0, 0, 0] = float("nan"), float("inf")
-    code = problem.code[:, :, 1:-1, 1:-1]
-    code[0, 3, 0, 1] = code[1, 0, 0, 0] = 1
+    winner_mask = problem.winner_mask[:, :, 1:-1, 1:-1]
+    winner_mask[0, 3, 0, 1] = winner_mask[1, 0, 0, 0] = 1
     problem.dense = dense_from_code(problem)
     actual_pair, expected_pair = problem.backward(), problem.expected()
     for actual, expected in zip(actual_pair, expected_pair, strict=True):
@@ -260,10 +261,10 @@ def dense_from_code(problem: Problem) -> Tensor:
     _, pool, size, stride, _, _ = problem.pooling
     grad = problem.grad_y.double()
     if pool is None:
-        return grad.masked_fill(problem.code <= 0, 0)
+        return grad.masked_fill(problem.winner_mask <= 0, 0)
     dense = torch.zeros_like(problem.dense)
     for position in range(size[0] * size[1]):
-        sent = grad.masked_fill(problem.code != position, 0)
+        sent = grad.masked_fill(problem.winner_mask != position, 0)
         rows, columns = ((n - 1 - at) // s + 1 for n, at, s in
                          zip(dense.shape[2:], divmod(position, size[1]), stride, strict=True))  # fmt: skip
         part = dense[:, :, position // size[1] :: stride[0], position % size[1] :: stride[1]]
@@ -300,8 +301,7 @@ def test_what_does_not_fit_is_left_to_pytorch():
         )
         problem = Problem(case, input, weight, input, input, input)
         conv = [*problem.conv[:3], case.conv.get("groups", 1)]
-        rows = native.module.plan_block(input, weight, None, *conv, *problem.pooling, True)
-        names = [name for part, name, *_ in rows if part == "grad_weight"]
+        names = cases.candidates(input, weight, conv, problem.pooling, "grad_weight")
         assert "pytorch" in names
         assert "single" not in names
 
@@ -314,9 +314,9 @@ def test_more_than_2_to_31_elements():
     input[-1].normal_()
     weight = torch.zeros(32, 64, 3, 3, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
     grad = torch.randn(45, 32, 450, 450, device="cuda").half().to(memory_format=torch.channels_last)
-    code = torch.randint(0, 4, grad.shape, device="cuda", dtype=torch.uint8).to(memory_format=torch.channels_last)
+    winner_mask = torch.randint(0, 4, grad.shape, device="cuda", dtype=torch.uint8).to(memory_format=torch.channels_last)
     options = ([1, 1], [1, 1], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False, [False, True, False])
     op = torch.ops.dlfast._conv_relu_pool2d_backward
-    _, whole, _ = op(grad, input, weight, code, *options)
-    _, last, _ = op(grad[-1:], input[-1:], weight, code[-1:], *options)
+    _, whole, _ = op(grad, input, weight, winner_mask, *options)
+    _, last, _ = op(grad[-1:], input[-1:], weight, winner_mask[-1:], *options)
     torch.testing.assert_close(whole, last, rtol=1e-2, atol=1e-2 * last.abs().max().item())

@@ -18,10 +18,10 @@ from tests.support.native import needs_native
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["direct", "masked", "winograd2", "epilogue"])
+@pytest.fixture(params=["direct", "masked", "winograd2", "pytorch"])
 def plan(request, monkeypatch):
     """Every way of computing a block that is exact on whole numbers, whichever the planner would choose."""
-    monkeypatch.setenv("DLFAST_PLAN", request.param)
+    monkeypatch.setenv("DLFAST_ALGORITHM", request.param)
     return request.param
 
 
@@ -34,7 +34,7 @@ def layout_of(tensor: torch.Tensor) -> list[int]:
 def assert_same_as_reference(case: Case, tensors: list[torch.Tensor]) -> None:
     """Equal bits forward, by the way that is forced; backward equal where sums of whole numbers stay exact."""
     cases.assert_forced(case, tensors)
-    output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
+    output, grads = cases.run_as_chosen(dlfast.conv_relu_pool2d, tensors, case.options)
     expected, expected_grads = cases.run(reference.conv_relu_pool2d, tensors, case.options)
     dtype = output.dtype
     averaged = case.pool.get("pool") == "avg"
@@ -72,7 +72,7 @@ def threads():
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("case", cases.DEPTHWISE, ids=str)
 def test_depthwise_layouts(case, layout, monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "direct")
     input, weight, bias = cases.integers(case, torch.float32)
     assert_same_as_reference(case, [cases.in_layout(input, layout), weight, bias])
     assert_same_as_reference(case, [cases.in_layout(input, layout), weight.transpose(2, 3).clone().transpose(2, 3)])
@@ -81,7 +81,7 @@ def test_depthwise_layouts(case, layout, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", cases.DEPTHWISE, ids=str)
 def test_depthwise_in_16_bits(case, dtype, monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "direct")
     for layout in ("contiguous", "channels_last"):
         input, *others = cases.integers(case, dtype)
         assert_same_as_reference(case, [cases.in_layout(input, layout), *others])
@@ -90,7 +90,7 @@ def test_depthwise_in_16_bits(case, dtype, monkeypatch):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", cases.DEPTHWISE, ids=str)
 def test_depthwise_has_the_same_bits_for_any_number_of_threads(case, layout, threads, monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "direct")
     input, *others = cases.normals(replace(case, n=5), torch.float32)
     tensors = [cases.in_layout(input, layout), *others]
     cases.assert_forced(case, tensors)
@@ -113,7 +113,7 @@ def test_depthwise_has_the_same_bits_for_any_number_of_threads(case, layout, thr
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["input", "weight", "bias"])
 def test_depthwise_keeps_what_is_not_finite_where_it_belongs(where, value, activation, monkeypatch):
     """No padding: what a zero of the padding makes of an infinity differs between PyTorch's own algorithms."""
-    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "direct")
     case = Case(c=20, k=20, conv={"groups": 20}, pool={"pool": None, "activation": activation})
     tensors = cases.normals(case, torch.float32)
     tensors[where].view(-1)[13] = value
@@ -132,7 +132,7 @@ def test_depthwise_is_what_the_plan_says(monkeypatch):
     layer = dlfast.nn.ConvReLUPool2d(64, 64, 5, padding=2, groups=64, activation=None, pool=None)
     input = torch.empty(4, 64, 14, 14).contiguous(memory_format=torch.channels_last)
     pooled = dlfast.nn.ConvReLUPool2d(64, 64, 5, padding=2, groups=64)
-    monkeypatch.setenv("DLFAST_PLAN", "direct")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "direct")
     plan = dlfast.explain(layer, input)
     assert (plan.forward, plan.grad_input, plan.grad_weight) == ("depthwise",) * 3
     assert dlfast.explain(pooled, input).forward == "direct"
@@ -159,7 +159,7 @@ WINOGRAD = [
 @pytest.mark.parametrize("case", WINOGRAD, ids=str)
 def test_winograd_in_tiles_of_four(case, dtype, monkeypatch):
     """Its fractions round: within 16 times the bound of a direct sum, and gradients where winners are clear."""
-    monkeypatch.setenv("DLFAST_PLAN", "winograd4")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "winograd4")
     tensors = cases.normals(case, dtype)
     cases.assert_forced(case, tensors)
     output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
@@ -181,9 +181,9 @@ def test_wide_layers_take_the_dense_way_for_what_is_not_finite(where, value, pla
     case = replace(WIDE, conv={}, pool={"pool_size": 2})  # no padding, see test_nan_and_infinity
     tensors = cases.normals(case, torch.float32)
     tensors[0 if where == "input" else 1].view(-1)[1234] = value
-    monkeypatch.setenv("DLFAST_PLAN", "epilogue")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "pytorch")
     expected, expected_grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
-    monkeypatch.setenv("DLFAST_PLAN", plan)
+    monkeypatch.setenv("DLFAST_ALGORITHM", plan)
     output, grads = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert torch.equal(output.isfinite(), expected.isfinite())
@@ -320,12 +320,12 @@ def test_gradcheck(case):
 
 
 @needs_native
-@pytest.mark.parametrize("plan", ["direct", "masked", "winograd2", "winograd4", "epilogue"])
+@pytest.mark.parametrize("plan", ["direct", "masked", "winograd2", "winograd4", "pytorch"])
 @pytest.mark.parametrize("channels", [3, 24])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
     """For a given number of threads; and the gradients are right for the winners that forward has chosen."""
-    monkeypatch.setenv("DLFAST_PLAN", plan)
+    monkeypatch.setenv("DLFAST_ALGORITHM", plan)
     case = Case(n=7, c=channels, k=40, h=32, w=30, conv={"padding": 1})
     input, weight, bias = cases.normals(case, torch.float32)
     cases.assert_forced(case, [input, weight, bias])
@@ -333,9 +333,9 @@ def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
     grad = torch.randn(7, 40, 16, 15, generator=torch.Generator().manual_seed(1))
 
     def both() -> list[torch.Tensor]:
-        output, code = torch.ops.dlfast._conv_relu_pool2d(input, weight, bias, *geometry, True)
-        grads = torch.ops.dlfast._conv_relu_pool2d_backward(grad, input, weight, code, *geometry, [True] * 3)
-        return [output, code, *grads]
+        output, winner_mask = torch.ops.dlfast._conv_relu_pool2d(input, weight, bias, *geometry, True)
+        grads = torch.ops.dlfast._conv_relu_pool2d_backward(grad, input, weight, winner_mask, *geometry, [True] * 3)
+        return [output, winner_mask, *grads]
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -360,7 +360,7 @@ def test_same_bits_from_run_to_run(threads, channels, plan, monkeypatch):
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 2), (7, 7)], ids=str)
 def test_layers_of_few_channels(kernel, channels, pool, plan, monkeypatch):
     """Their gradients come from registers of taps or of output channels; more of these than one list holds."""
-    monkeypatch.setenv("DLFAST_PLAN", plan)
+    monkeypatch.setenv("DLFAST_ALGORITHM", plan)
     case = Case(n=2, c=channels, k=150, h=19, w=40, kernel=kernel, conv={"stride": (1, 2)}, pool=pool)
     assert_same_as_reference(case, cases.integers(case, torch.float32))
 
@@ -371,11 +371,11 @@ def test_layers_of_few_channels(kernel, channels, pool, plan, monkeypatch):
 @pytest.mark.parametrize(("size", "at"), [(12, 50), (7, 40), (7, 48)], ids=["covered", "edge", "outside"])
 def test_few_channels_meet_what_is_not_finite(size, at, value, plan, monkeypatch):
     """0 * inf is NaN as in the dense way, also where no window covers a position and its gradient is 0."""
-    monkeypatch.setenv("DLFAST_PLAN", "epilogue")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "pytorch")
     case = Case(n=2, c=1, k=9, h=size, w=size)
     tensors = cases.normals(case, torch.float32)
     tensors[0].view(-1)[at] = value
     expected = cases.run(dlfast.conv_relu_pool2d, tensors, case.options)[1]
-    monkeypatch.setenv("DLFAST_PLAN", plan)
+    monkeypatch.setenv("DLFAST_ALGORITHM", plan)
     for grad, wanted in zip(cases.run(dlfast.conv_relu_pool2d, tensors, case.options)[1], expected, strict=True):
         assert torch.equal(grad.isnan(), wanted.isnan())

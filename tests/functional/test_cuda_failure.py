@@ -127,9 +127,9 @@ def test_mixed_devices_are_refused(misplaced):
 def test_a_code_on_another_device_is_refused():
     z = torch.randn(2, 4, 8, 8, device="cuda")
     pooling = ("max", (2, 2), (2, 2), (0, 0), False)
-    output, code = torch.ops.dlfast._relu_pool2d(z, None, "relu", *pooling, True)
-    with pytest.raises(RuntimeError, match=r"code must be on the device of the gradient \(cuda:0\), got cpu"):
-        torch.ops.dlfast._relu_pool2d_backward(output, code.cpu(), [8, 8], "relu", *pooling)
+    output, winner_mask = torch.ops.dlfast._relu_pool2d(z, None, "relu", *pooling, True)
+    with pytest.raises(RuntimeError, match=r"winner_mask must be on the device of the gradient \(cuda:0\), got cpu"):
+        torch.ops.dlfast._relu_pool2d_backward(output, winner_mask.cpu(), [8, 8], "relu", *pooling)
 
 
 LAUNCHES = {

@@ -37,7 +37,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", "epilogue")
+    monkeypatch.setenv("DLFAST_ALGORITHM", "pytorch")
 
 
 def grad_bias(case: Case, tensors: list[Tensor], memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:

@@ -24,9 +24,9 @@ from tests.support.native import needs_native
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("plan", ["direct", "epilogue"])
+@pytest.mark.parametrize("plan", ["direct", "pytorch"])
 def test_bytes_saved_for_backward(plan, dtype, monkeypatch):
-    monkeypatch.setenv("DLFAST_PLAN", plan)
+    monkeypatch.setenv("DLFAST_ALGORITHM", plan)
     case = Case(n=4, c=3, k=16, h=34, w=34, conv={"padding": 1})
     tensors = [t.requires_grad_() for t in cases.integers(case, dtype)]
 
@@ -47,10 +47,10 @@ def test_bytes_saved_for_backward(plan, dtype, monkeypatch):
 def test_nothing_is_saved_without_gradients():
     case = Case(conv={"padding": 1})
     input, weight, bias = cases.integers(case, torch.float32)
-    output, code = torch.ops.dlfast._conv_relu_pool2d(
+    output, winner_mask = torch.ops.dlfast._conv_relu_pool2d(
         input, weight, bias, [1, 1], [1, 1], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False, False
     )
-    assert code.numel() == 0
+    assert winner_mask.numel() == 0
     with torch.no_grad():
         assert torch.equal(output, dlfast.conv_relu_pool2d(input, weight, bias, padding=1))
 
@@ -74,13 +74,13 @@ def test_opcheck_of_the_pass_after(options):
     window = ["relu", pool, [3, 3], [2, 2], [1, 1], True]
     forward = torch.ops.dlfast._relu_pool2d.default
     torch.library.opcheck(forward, (z, bias, *window, True))
-    output, code = forward(z.detach(), bias.detach(), *window, True)
-    code = output if pool is None else code
+    output, winner_mask = forward(z.detach(), bias.detach(), *window, True)
+    winner_mask = output if pool is None else winner_mask
     grad = torch.randn_like(output, requires_grad=True)
-    torch.library.opcheck(torch.ops.dlfast._relu_pool2d_backward.default, (grad, code, [8, 9], *window))
+    torch.library.opcheck(torch.ops.dlfast._relu_pool2d_backward.default, (grad, winner_mask, [8, 9], *window))
     torch.library.opcheck(
         torch.ops.dlfast._relu_pool2d_transpose.default,
-        (torch.randn_like(z, requires_grad=True), code, *window),
+        (torch.randn_like(z, requires_grad=True), winner_mask, *window),
     )
 
 

@@ -69,7 +69,7 @@ WINDOWS = [
     ((5, 5), (5, 5), (2, 2), False),
     ((5, 5), (2, 3), (2, 1), True),
     ((17, 17), (4, 6), (8, 7), True),
-    ((17, 15), (5, 5), (8, 7), False),  # exactly 255 positions: the last window of one-byte codes
+    ((17, 15), (5, 5), (8, 7), False),  # exactly 255 positions: the last window of one-byte winner_masks
 ]
 
 # Channels and widths that fill packs and that do not, odd heights, planes that share a block.
@@ -140,12 +140,12 @@ def assert_equal(actual: Tensor, expected: Tensor, what: str, exact: bool = Fals
     )  # fmt: skip
 
 
-def assert_code(code: Tensor, leaf: Tensor, z: Tensor, output: Tensor, activation: str | None, p: Pooling) -> None:
-    """`code` is what params.h says, from PyTorch's own choice of the winners."""
+def assert_winner_mask(winner_mask: Tensor, leaf: Tensor, z: Tensor, output: Tensor, activation: str | None, p: Pooling) -> None:
+    """`winner_mask` is what params.h says, from PyTorch's own choice of the winners."""
     if p.pool == "max":
         wide = p.size[0] * p.size[1] > 255
-        assert code.dtype == (torch.int32 if wide else torch.uint8)
-        assert code.stride() == output.stride()
+        assert winner_mask.dtype == (torch.int32 if wide else torch.uint8)
+        assert winner_mask.stride() == output.stride()
         window = (p.size, p.stride, p.padding, 1, p.ceil_mode)
         _, winner = F.max_pool2d(leaf.detach(), *window, return_indices=True)
         row = torch.arange(output.size(2)).view(-1, 1) * p.stride[0] - p.padding[0]
@@ -154,16 +154,16 @@ def assert_code(code: Tensor, leaf: Tensor, z: Tensor, output: Tensor, activatio
         if activation == "relu":
             pooled = p.reference(leaf.detach())
             expected = torch.where(pooled <= 0, -1 if wide else 255, expected)
-        assert torch.equal(code.cpu().long(), expected)
+        assert torch.equal(winner_mask.cpu().long(), expected)
     elif p.pool == "avg" and activation == "relu":
-        assert code.dtype == torch.uint8
-        assert code.shape == ((z.numel() + 7) // 8,)
+        assert winner_mask.dtype == torch.uint8
+        assert winner_mask.shape == ((z.numel() + 7) // 8,)
         passes = ~(leaf.detach() <= 0)
         order = (0, 2, 3, 1) if z.is_contiguous(memory_format=torch.channels_last) else (0, 1, 2, 3)
-        bits = (code.cpu().view(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = (winner_mask.cpu().view(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1
         assert torch.equal(bits.view(-1)[: z.numel()].bool(), passes.permute(order).reshape(-1))
     else:
-        assert code.numel() == 0
+        assert winner_mask.numel() == 0
 
 
 def check(z: Tensor, bias: Tensor | None, activation: str | None, p: Pooling, offset: int = 0) -> None:
@@ -179,16 +179,16 @@ def check(z: Tensor, bias: Tensor | None, activation: str | None, p: Pooling, of
     leaf, _, expected = reference(z, bias, activation, p)
     z_cuda = place(z)
     bias_cuda = None if bias is None else place(bias)
-    output, code = torch.ops.dlfast._relu_pool2d(z_cuda, bias_cuda, activation, *p.args, True)
+    output, winner_mask = torch.ops.dlfast._relu_pool2d(z_cuda, bias_cuda, activation, *p.args, True)
     assert output.dtype == z.dtype
     assert output.is_contiguous(memory_format=memory_format)
     assert_equal(output, expected, f"forward {what}", exact=p.pool != "avg")
-    assert_code(code, leaf, z, output, activation, p)
+    assert_winner_mask(winner_mask, leaf, z, output, activation, p)
     without, none = torch.ops.dlfast._relu_pool2d(z_cuda, bias_cuda, activation, *p.args, False)
     assert torch.equal(without.nan_to_num(7), output.nan_to_num(7))
     assert none.numel() == 0
 
-    saved = output if p.pool is None else code
+    saved = output if p.pool is None else winner_mask
     saved = misaligned(saved, offset) if offset else saved
     generator = torch.Generator().manual_seed(7)
     grad = (torch.randn(expected.shape, generator=generator) + 0.1).to(z.dtype)
@@ -280,9 +280,9 @@ def test_many_small_planes(pool, memory_format, shape):
 def test_empty_batch(pool):
     p = Pooling(pool)
     z = torch.empty(0, 8, 6, 6, device="cuda")
-    output, code = torch.ops.dlfast._relu_pool2d(z, None, "relu", *p.args, True)
+    output, winner_mask = torch.ops.dlfast._relu_pool2d(z, None, "relu", *p.args, True)
     assert output.shape == p.reference(z.cpu()).shape
-    grad = torch.ops.dlfast._relu_pool2d_backward(output, output if pool is None else code, [6, 6], "relu", *p.args)
+    grad = torch.ops.dlfast._relu_pool2d_backward(output, output if pool is None else winner_mask, [6, 6], "relu", *p.args)
     assert grad.shape == z.shape
 
 
@@ -297,8 +297,8 @@ def test_overlapping_gradients_add_up_in_the_order_of_windows():
     p = Pooling("max", (3, 3), (1, 1), (1, 1))
     for memory_format in FORMATS:
         on_device = z.to("cuda").contiguous(memory_format=memory_format)
-        _, code = torch.ops.dlfast._relu_pool2d(on_device, None, None, *p.args, True)
-        actual = torch.ops.dlfast._relu_pool2d_backward(grad.cuda(), code, [12, 12], None, *p.args)
+        _, winner_mask = torch.ops.dlfast._relu_pool2d(on_device, None, None, *p.args, True)
+        actual = torch.ops.dlfast._relu_pool2d_backward(grad.cuda(), winner_mask, [12, 12], None, *p.args)
         assert torch.equal(actual.cpu(), leaf.grad)
 
 
@@ -307,9 +307,9 @@ def test_sums_are_rounded_once():
     z = torch.tensor([[2048.0, 2049.0], [2050.0, 2050.0]]).view(1, 1, 2, 2).to("cuda", torch.float16)
     z[0, 0, 0, 1] = 2048.0
     bias = torch.tensor([1.0], device="cuda", dtype=torch.float16)
-    output, code = torch.ops.dlfast._relu_pool2d(z, bias, "relu", *Pooling("max").args, True)
+    output, winner_mask = torch.ops.dlfast._relu_pool2d(z, bias, "relu", *Pooling("max").args, True)
     assert output.item() == 2052.0  # 2051 to even
-    assert code.item() == 2
+    assert winner_mask.item() == 2
     mean, _ = torch.ops.dlfast._relu_pool2d(z, bias, "relu", *Pooling("avg").args, True)
     assert mean.item() == 2050.0  # (2049 + 2049 + 2051 + 2051) / 4
 
@@ -351,12 +351,12 @@ def test_more_than_2_to_31_elements(shape, pool):
     assert math.prod(shape) > 2**31
     p = Pooling(pool)
     z = torch.empty(shape, device="cuda", dtype=torch.float16).normal_()
-    output, code = torch.ops.dlfast._relu_pool2d(z, None, "relu", *p.args, True)
+    output, winner_mask = torch.ops.dlfast._relu_pool2d(z, None, "relu", *p.args, True)
     tail = z[-1:, -1:, -64:].float().requires_grad_()
     expected = p.reference(F.relu(tail))
     torch.testing.assert_close(output[-1:, -1:, -32:].float(), expected, rtol=1e-3, atol=1e-3)
     grad = torch.randn_like(output)
-    grad_z = torch.ops.dlfast._relu_pool2d_backward(grad, code, shape[2:], "relu", *p.args)
+    grad_z = torch.ops.dlfast._relu_pool2d_backward(grad, winner_mask, shape[2:], "relu", *p.args)
     expected.backward(grad[-1:, -1:, -32:].float())
     assert tail.grad is not None
     torch.testing.assert_close(grad_z[-1:, -1:, -64:].float(), tail.grad, rtol=1e-3, atol=1e-3)

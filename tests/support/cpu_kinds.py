@@ -16,5 +16,5 @@ def plan_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = os.environ.get("DLFAST_CPU_CAPABILITY")
     if asked is not None and LEVELS.index(asked) < LEVELS.index(KINDS[kind]):
         pytest.skip(f"PyTorch's kernels are at a higher SIMD level than dlfast's on {kind}")
-    monkeypatch.delenv("DLFAST_PLAN", raising=False)
+    monkeypatch.delenv("DLFAST_ALGORITHM", raising=False)
     monkeypatch.setenv("DLFAST_CPU_KIND", kind)

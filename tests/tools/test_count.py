@@ -19,7 +19,7 @@ SINGLE = next(case for case in script.CASES if case.way == "single")
 
 @here
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["epilogue", "single"])
+@pytest.mark.parametrize("way", ["pytorch", "single"])
 def test_distinct_bytes_are_those_of_the_formulas(way):
     """To the sector of each of the five tensors."""
     case = next(case for case in script.CASES if case.way == way and case.layer.c > 1)

@@ -37,7 +37,7 @@ class Case:
     """A layer run one way; the limits are multiples of the bytes its kernels must move."""
 
     layer: Layer
-    way: str  # as DLFAST_PLAN has it
+    way: str  # as DLFAST_ALGORITHM has it
     requested: float  # of the forward; on the epilogue path of the backward too
     dtype: str = "float16"
     channels_last: bool = True
@@ -63,11 +63,11 @@ def layer(n: int, c: int, k: int, h: int, kernel: int = 3, pool: int = 2) -> Lay
 
 CASES = [
     # The passes of the epilogue path read and write everything once; beside that, biases and the ends of rows.
-    Case(layer(2, 8, 64, 16), "epilogue", 1.05),
-    Case(layer(2, 8, 64, 16), "epilogue", 1.1, "float32"),
-    Case(layer(2, 4, 8, 32), "epilogue", 1.05, channels_last=False),
-    Case(layer(2, 4, 8, 27, pool=3), "epilogue", 1.25, "float32", channels_last=False, conflicts=0.8),
-    Case(layer(2, 8, 32, 12, pool=0), "epilogue", 1.1),
+    Case(layer(2, 8, 64, 16), "pytorch", 1.05),
+    Case(layer(2, 8, 64, 16), "pytorch", 1.1, "float32"),
+    Case(layer(2, 4, 8, 32), "pytorch", 1.05, channels_last=False),
+    Case(layer(2, 4, 8, 27, pool=3), "pytorch", 1.25, "float32", channels_last=False, conflicts=0.8),
+    Case(layer(2, 8, 32, 12, pool=0), "pytorch", 1.1),
     # The single kernel: 2x2 windows have the limits of the issue it was written for. First layers lay out weights and
     # patch by ordinary stores, whose conflicts the profile counts with those of the main loop.
     Case(layer(2, 1, 32, 28), "single", 2.5, conflicts=0.1),
@@ -104,11 +104,17 @@ def run_child(case: Case, part: str) -> bool:
 
     assert native.module is not None, native.reason
     if case.way == "single":
-        rows = native.module.plan_block(input, weight, None, *block, *pooling, True)
-        if not any(row[:2] == (part, "single") and row[-1] for row in rows):
+        names = ("stride", "padding", "dilation", "groups", "activation", "pool", "pool_size", "pool_stride",
+                 "pool_padding", "ceil_mode")  # fmt: skip
+        options = dict(zip(names, (*block, *pooling), strict=True))
+        report = native.module.report_block(
+            input=input, weight=weight, bias=None, save_winner_mask=True, flops=1.0, bandwidth=1.0, **options
+        )
+        choice = getattr(report, part)
+        if choice.candidates[choice.best].algorithm != "single":
             return False
     ops = torch.ops.dlfast
-    output, code = ops._conv_relu_pool2d(input, weight, bias, *block, *pooling, True)
+    output, winner_mask = ops._conv_relu_pool2d(input, weight, bias, *block, *pooling, True)
     if part != "forward":
         wanted = {
             "grad_input": [True, False, False],
@@ -116,7 +122,7 @@ def run_child(case: Case, part: str) -> bool:
             "grad_z": [True, False, False],  # expanded by our pass, the rest is PyTorch's and not counted
             "grad_bias": [False, False, True],
         }
-        grad, saved = tensor(*output.shape), code if x.pool_size else output
+        grad, saved = tensor(*output.shape), winner_mask if x.pool_size else output
         ops._conv_relu_pool2d_backward(grad, input, weight, saved, *block, *pooling, wanted[part])
     return True
 
@@ -126,7 +132,7 @@ def profile(case: Case, part: str) -> dict[str, dict[str, Any]] | None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"
         environment = {
-            **os.environ, "CUDA_EMULATOR_PROFILE": str(file), "DLFAST_PLAN": case.way, "OMP_NUM_THREADS": "1",
+            **os.environ, "CUDA_EMULATOR_PROFILE": str(file), "DLFAST_ALGORITHM": case.way, "OMP_NUM_THREADS": "1",
             "CUDA_EMULATOR_GLOBAL_RACE": "0", "PYTHON": sys.executable,
         }  # fmt: skip
         command = [str(EMULATOR), sys.executable, "-m", "tools.cuda.count", "--child", str(CASES.index(case)), part]

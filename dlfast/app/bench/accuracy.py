@@ -98,12 +98,12 @@ def _relative(result: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def _plan(way: str) -> Iterator[None]:
-    before = os.environ.get("DLFAST_PLAN")
-    os.environ["DLFAST_PLAN"] = way
+    before = os.environ.get("DLFAST_ALGORITHM")
+    os.environ["DLFAST_ALGORITHM"] = way
     try:
         yield
     finally:
         if before is None:
-            del os.environ["DLFAST_PLAN"]
+            del os.environ["DLFAST_ALGORITHM"]
         else:
-            os.environ["DLFAST_PLAN"] = before
+            os.environ["DLFAST_ALGORITHM"] = before

@@ -16,8 +16,8 @@ from dlfast._native import native
 from dlfast.app.bench import accuracy, fused, gpu, layers, optim, overhead, peers, problems, protocol, report, traffic
 from dlfast.app.errors import UsageError
 from dlfast.app.files import write_whole
+from dlfast.choice import machine_speed
 from dlfast.models import NETWORKS
-from dlfast.plan import machine_speed
 
 TARGETS = [*NETWORKS, "layers", *optim.TARGETS, "peers", "overhead", "accuracy", "bytes", "gpu", "fuse", *fused.MODELS]
 

@@ -20,7 +20,7 @@ from dlfast.app.bench import layers, optim, peers, problems, traffic
 from dlfast.app.bench.problems import Call, Problem, Variant
 
 # Beside the plan that dlfast makes itself.
-PLANS = ("epilogue", "single")
+PLANS = ("pytorch", "single")
 # (network, layer) of traffic.layers, and whether torch.compile is tried: max-autotune takes half a minute for each.
 BLOCKS = {
     ("mnistnet", "conv1"): True,
@@ -39,15 +39,15 @@ CALLS = 10  # between two looks at the clock: one alone would be measured with i
 @contextmanager
 def plan(name: str | None) -> Iterator[None]:
     """Blocks called inside go the way of that name; None leaves it to dlfast."""
-    before = os.environ.pop("DLFAST_PLAN", None)
+    before = os.environ.pop("DLFAST_ALGORITHM", None)
     if name is not None:
-        os.environ["DLFAST_PLAN"] = name
+        os.environ["DLFAST_ALGORITHM"] = name
     try:
         yield
     finally:
-        os.environ.pop("DLFAST_PLAN", None)
+        os.environ.pop("DLFAST_ALGORITHM", None)
         if before is not None:
-            os.environ["DLFAST_PLAN"] = before
+            os.environ["DLFAST_ALGORITHM"] = before
 
 
 def gpu_problems(compile: bool) -> Iterator[Problem]:

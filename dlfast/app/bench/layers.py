@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dlfast
 from dlfast.app.bench.problems import COMPILED, MODES, Call, Problem, Variant, Work, add
+from dlfast.choice import choose
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,16 @@ def check_equal(ours: nn.Module, plain: nn.Module, x: Tensor) -> None:
 
 
 def work_of(block: nn.Module, x: Tensor) -> dict[str, Work]:
-    """As the dense formulas have it; the code of the windows counts among the bytes."""
+    """As the dense formulas have it; the winner mask counts among the bytes."""
     assert isinstance(block, dlfast.nn.ConvReLUPool2d)
     with torch.no_grad():
-        plan, output = dlfast.plan.plan_block(block, x), block(x)
+        choice, output = choose(block, x), block(x)
     outputs = output.numel() * (output.element_size() + (1 if block.pool == "max" else 0))
     inputs = x.numel() * x.element_size() + block.weight.numel() * 4
     convolutions = 3 if x.requires_grad else 2
     return {
-        "forward": Work(plan.flops, inputs + outputs),
-        "forward + backward": Work(convolutions * plan.flops, convolutions * (inputs + outputs)),
+        "forward": Work(choice.flops, inputs + outputs),
+        "forward + backward": Work(convolutions * choice.flops, convolutions * (inputs + outputs)),
     }
 
 

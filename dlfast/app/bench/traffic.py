@@ -20,7 +20,7 @@ from dlfast.models import NETWORKS
 INDEX_BYTES, CODE_BYTES = 8, 1
 # Of NVIDIA's data sheets, in bytes per second: A100 SXM 80 GB, H100 SXM, GeForce RTX 4090.
 BANDWIDTHS = {"A100": 2039e9, "H100": 3350e9, "RTX 4090": 1008e9}
-WAYS = ("eager", "epilogue", "single")
+WAYS = ("eager", "pytorch", "single")
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Row:
 
 
 def row_of(layer: Layer, item: int) -> Row:
-    steps = {"eager": eager(layer, item), "epilogue": epilogue(layer, item), "single": single(layer, item)}
+    steps = {"eager": eager(layer, item), "pytorch": epilogue(layer, item), "single": single(layer, item)}
     forward = {way: None if step is None else _sum(step.forward) for way, step in steps.items()}
     backward = {way: None if step is None else _sum(step.backward) for way, step in steps.items()}
     return Row(layer.network, layer.name, compulsory(layer, item), forward, backward)
@@ -247,7 +247,7 @@ def _sum(kernels: list[Kernel]) -> int:
 
 
 def _or_epilogue(moved: Moved, way: str) -> int:
-    count = moved[way] if moved[way] is not None else moved["epilogue"]
+    count = moved[way] if moved[way] is not None else moved["pytorch"]
     assert count is not None
     return count
 
@@ -256,7 +256,7 @@ def as_dict(item: int) -> dict[str, object]:
     """Everything, with the kernels of every way, for a JSON file."""
     every = []
     for layer in layers():
-        ways = {"eager": eager(layer, item), "epilogue": epilogue(layer, item), "single": single(layer, item)}
+        ways = {"eager": eager(layer, item), "pytorch": epilogue(layer, item), "single": single(layer, item)}
         kernels = {way: step and asdict(step) for way, step in ways.items()}
         every.append({"layer": asdict(layer), "compulsory": compulsory(layer, item), "kernels": kernels})
     return {"computed, not measured": True, "bytes of an element": item, "layers": every}

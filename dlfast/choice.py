@@ -1,9 +1,10 @@
-"""What the planner chose for a convolution block, and what it expects of it."""
+"""Which algorithms were chosen for a convolution block, why, and what is expected of them."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from dlfast._native import native, runs_on
 from dlfast.functional import conv_relu_pool2d
 from dlfast.functional.arguments import pair, same_padding
 from dlfast.nn import ConvReLUPool2d
+from dlfast.ran import Ran, ran_lines
 
-# What each name means, for people.
-PATHS = {
+# What each algorithm is, for people.
+ALGORITHMS = {
     "eager": "PyTorch's kernels, one by one",
     "pytorch": "PyTorch's convolution and one pass",
     "direct": "fused convolution",
@@ -27,6 +29,7 @@ PATHS = {
     "single": "one fused kernel",
     "reference": "plain PyTorch",
 }
+FASTER = "PyTorch's kernels are faster here"
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a part of a block; seconds are predicted, or measured with ``cudnn.benchmark``."""
+    """An algorithm for a part of a block; seconds are predicted, or measured with ``cudnn.benchmark``."""
 
-    path: str
+    algorithm: str
     seconds: float
     bytes: int
 
@@ -53,30 +56,32 @@ class Part:
     name: str
     chosen: Candidate
     candidates: tuple[Candidate, ...]  # PyTorch's first
+    reason: str  # for the choice, in a few words
 
     @property
     def gain(self) -> float:
-        """Predicted time of PyTorch's way over that of the chosen one."""
+        """Predicted time of PyTorch's kernels over that of the chosen algorithm."""
         return self.candidates[0].seconds / self.chosen.seconds
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The ways chosen for a block at one input shape. ``print`` it for a table.
+class BlockChoice:
+    """The algorithms chosen for a block at one input shape. ``print`` it for a table.
 
     Attributes:
-        forward, grad_input, grad_weight: names of the chosen ways: "pytorch" (PyTorch's kernels with one pass
+        forward, grad_input, grad_weight: names of the chosen algorithms: "pytorch" (PyTorch's kernels with one pass
             of ours), "direct", "winograd2", "winograd4", "sparse", "rows", "masked", "depthwise", on CUDA "single",
             or "reference" where compiled operators do not run at all. On CUDA "eager" stands among the predicted
             candidates for comparison. With `torch.backends.cudnn.benchmark` whole blocks are measured, and it is the
             name of all three where PyTorch's kernels, one by one, were faster.
         reason: why, in a sentence.
-        predicted_gain: time of PyTorch's way over the chosen one, forward and the gradients that are needed;
+        predicted_gain: time of PyTorch's kernels over the chosen ones, forward and the gradients that are needed;
             measured where the block was.
         flops: multiplications and additions of one convolution; forward and each gradient have as many.
         bytes: what the forward reads and writes.
         parts: the candidates of each part with their predicted seconds.
         floor: seconds that the forward takes at least if every product is computed and every byte moved once.
+        ran: with ``explain(..., ran=True)``, what ran: (operator, device, part, algorithm, how often).
     """
 
     forward: str
@@ -88,17 +93,20 @@ class Plan:
     bytes: int
     parts: tuple[Part, ...]
     floor: float
+    ran: tuple[Ran, ...] | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB"]
         if self.parts:
             lines[0] += f", roofline {self.floor * 1e3:.3g} ms"
         for part in self.parts:
-            lines.append(f"{part.name}: {PATHS[part.chosen.path]}")
+            lines.append(f"{part.name}: {ALGORITHMS[part.chosen.algorithm]}")
             for c in part.candidates:
                 mark = "*" if c is part.chosen else " "
-                lines.append(f"  {mark} {c.path:<10} {c.seconds * 1e3:8.3f} ms {c.bytes / 1e6:8.2f} MB")
+                lines.append(f"  {mark} {c.algorithm:<10} {c.seconds * 1e3:8.3f} ms {c.bytes / 1e6:8.2f} MB")
         lines.append(f"predicted gain {self.predicted_gain:.2f}x: {self.reason}")
+        if self.ran is not None:
+            lines += ran_lines(self.ran)
         return "\n".join(lines)
 
 
@@ -122,8 +130,8 @@ def _measured(threads: int) -> Speed:
     return Speed(native.module.peak_flops(), native.module.peak_bandwidth())
 
 
-def plan_block(module: ConvReLUPool2d, input: Tensor) -> Plan:
-    """The plan of `module` for `input`, nothing being computed.
+def choose(module: ConvReLUPool2d, input: Tensor) -> BlockChoice:
+    """What is chosen for `module` and `input`, nothing being computed.
 
     Args:
         module: a convolution block of `dlfast.nn`.
@@ -135,13 +143,13 @@ def plan_block(module: ConvReLUPool2d, input: Tensor) -> Plan:
 
     >>> import torch, dlfast
     >>> block = dlfast.nn.ConvReLUPool2d(64, 64, 3, padding=1)
-    >>> plan = plan_block(block, torch.empty(8, 64, 32, 32))
-    >>> plan.flops == 2 * 8 * 64 * 32 * 32 * 64 * 9
+    >>> choice = choose(block, torch.empty(8, 64, 32, 32))
+    >>> choice.flops == 2 * 8 * 64 * 32 * 32 * 64 * 9
     True
     """
     if native.module is None or not runs_on(input.device):
         where = native.reason or f"no compiled operators for {input.device}"
-        return _reference_plan(module, input, where)
+        return _reference_choice(module, input, where)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     padding = module.padding
     if module.padding_mode != "zeros":
@@ -150,58 +158,50 @@ def plan_block(module: ConvReLUPool2d, input: Tensor) -> Plan:
     elif isinstance(padding, str):
         padding = same_padding(module.kernel_size, module.dilation)[0] if padding == "same" else (0, 0)
     training = torch.is_grad_enabled()
-    rows = native.module.plan_block(
-        batched, module.weight, module.bias, module.stride, pair("padding", padding), module.dilation, module.groups,
-        module.activation, module.pool, module.pool_size, module.pool_stride, module.pool_padding,
-        module.ceil_mode, training,
+    speed = machine_speed() if input.device.type == "cpu" else Speed(1.0, 1.0)
+    report = native.module.report_block(
+        input=batched, weight=module.weight, bias=module.bias, stride=module.stride, padding=pair("padding", padding),
+        dilation=module.dilation, groups=module.groups, activation=module.activation, pool=module.pool,
+        pool_size=module.pool_size, pool_stride=module.pool_stride, pool_padding=module.pool_padding,
+        ceil_mode=module.ceil_mode, save_winner_mask=training, flops=speed.flops, bandwidth=speed.bandwidth,
     )  # fmt: skip
-    return _plan_from(rows, training, input)
+    return _from_report(report, training, input.requires_grad)
 
 
-Row = tuple[str, str, float, float, float, bool]  # part, path, flops, bytes, seconds on CUDA, chosen
-
-
-def _plan_from(rows: list[Row], training: bool, input: Tensor) -> Plan:
-    flops, floor = int(rows[0][2]), rows[0][4]
-    speed = None if floor > 0 else machine_speed()
-
-    def seconds(flops: float, moved: float, known: float) -> float:
-        return known if speed is None else flops / speed.flops + moved / speed.bandwidth
-
+def _from_report(report: Any, training: bool, needs_input: bool) -> BlockChoice:
     parts = []
     for name in ("forward", "grad_input", "grad_weight"):
-        mine = [row for row in rows if row[0] == name]
-        candidates = tuple(Candidate(path, seconds(f, b, known), int(b)) for _, path, f, b, known, _ in mine)
-        chosen = next(c for c, row in zip(candidates, mine, strict=True) if row[-1])
-        parts.append(Part(name, chosen, candidates))
+        choice = getattr(report, name)
+        candidates = tuple(Candidate(c.algorithm, c.seconds, int(c.bytes)) for c in choice.candidates)
+        parts.append(Part(name, candidates[choice.best], candidates, choice.reason))
     needed = [parts[0]]
     if training:
-        needed += [parts[2], *([parts[1]] if input.requires_grad else [])]
-    gain = sum(p.candidates[0].seconds for p in needed) / sum(p.chosen.seconds for p in needed)
-    if speed is not None:
-        floor = max(flops / speed.flops, min(c.bytes for c in parts[0].candidates) / speed.bandwidth)
-    paths, reason = [part.chosen.path for part in parts], _reason(needed)
-    whole = {path: known for part, path, _, _, known, _ in rows if part == "block"}
-    if whole:
-        eager, ours = whole["eager"], whole["operator"]
+        needed += [parts[2], *([parts[1]] if needs_input else [])]
+    chosen = sum(p.chosen.seconds for p in needed)
+    gain = sum(p.candidates[0].seconds for p in needed) / chosen if chosen else 1.0
+    algorithms, reason = [part.chosen.algorithm for part in parts], _reason(needed)
+    eager, ours = report.measured_eager, report.measured_ours
+    if eager is not None:
         gain = max(1.0, eager / ours)
         if eager < ours:
-            paths, reason = ["eager"] * 3, "PyTorch's kernels"
+            algorithms, reason = ["eager"] * 3, "PyTorch's kernels"
         reason += f"; measured as a whole: {eager * 1e3:.3g} ms by PyTorch's kernels, {ours * 1e3:.3g} ms by ours"
-    forward, grad_input, grad_weight = paths
+    forward, grad_input, grad_weight = algorithms
     moved = parts[0].chosen.bytes
-    return Plan(forward, grad_input, grad_weight, reason, gain, flops, moved, tuple(needed), floor)
+    return BlockChoice(
+        forward, grad_input, grad_weight, reason, gain, int(report.flops), moved, tuple(needed), report.floor
+    )
 
 
 def _reason(parts: list[Part]) -> str:
-    ours = [part for part in parts if part.chosen.path != "pytorch"]
-    if not ours:
-        others = [c.path for part in parts for c in part.candidates if c.path not in ("eager", "pytorch")]
-        return "PyTorch's kernels are faster here" if others else "our kernels do not take this problem"
-    return ", ".join(f"{part.name} {part.chosen.path} ({part.gain:.1f}x)" for part in ours)
+    ours = [part for part in parts if part.chosen.algorithm != "pytorch"]
+    if ours:
+        return ", ".join(f"{part.name} {part.chosen.algorithm} ({part.gain:.1f}x)" for part in ours)
+    reasons = list(dict.fromkeys(part.reason for part in parts))
+    return FASTER if FASTER in reasons else reasons[0]
 
 
-def _reference_plan(module: ConvReLUPool2d, input: Tensor, reason: str) -> Plan:
+def _reference_choice(module: ConvReLUPool2d, input: Tensor, reason: str) -> BlockChoice:
     with torch.no_grad():
         output = conv_relu_pool2d(
             input.to("meta"), module.weight.to("meta"), stride=module.stride, padding=module.padding,
@@ -209,4 +209,4 @@ def _reference_plan(module: ConvReLUPool2d, input: Tensor, reason: str) -> Plan:
         )  # fmt: skip
     flops = 2 * output.numel() * module.weight[0].numel()
     moved = (input.numel() + module.weight.numel() + 2 * output.numel()) * input.element_size()
-    return Plan("reference", "reference", "reference", reason, 1.0, flops, moved, (), 0.0)
+    return BlockChoice("reference", "reference", "reference", reason, 1.0, flops, moved, (), 0.0)

@@ -15,7 +15,8 @@ from torch import nn
 import dlfast
 from dlfast.fusion import NotFusedWarning
 from dlfast.fusion.api import is_fused
-from tests.fusion.models import Block, layers, recorded, small_images
+from tests.fusion.blocks import Block
+from tests.fusion.helpers import layers, recorded, small_images
 from tests.support.native import needs_native
 
 pytestmark = needs_native

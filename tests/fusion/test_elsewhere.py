@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import dlfast
-from tests.fusion.models import Block, layers, recorded, small_images
+from tests.fusion.blocks import Block
+from tests.fusion.helpers import layers, recorded, small_images
 from tests.support.native import needs_native
 
 pytestmark = needs_native

@@ -16,7 +16,9 @@ import dlfast
 from dlfast.fusion import NotFusedWarning
 from dlfast.fusion.api import is_fused
 from dlfast.fusion.survey import survey
-from tests.fusion.models import AWKWARD, CONV_BN, CONV_LEFT_ALONE, LEFT_ALONE, RELU, Plain, example_of, recorded
+from tests.fusion.blocks import CONV_LEFT_ALONE, LEFT_ALONE
+from tests.fusion.helpers import CONV_BN, RELU, example_of, recorded
+from tests.fusion.models import AWKWARD, Plain
 from tests.support.native import needs_native
 
 pytestmark = needs_native

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dlfast
 from dlfast.app.measure import saved_bytes
-from tests.fusion.models import Functional, Normalised, Residual, Rising, recorded
+from tests.fusion.helpers import recorded
+from tests.fusion.models import Functional, Normalised, Residual, Rising
 from tests.support.native import needs_native
 
 pytestmark = needs_native

@@ -20,7 +20,7 @@ from torch import nn
 import dlfast
 from dlfast.fusion import NotFusedWarning
 from tests.fusion.actions import ACTIONS, COPIES, IMAGES, MODELS, WAYS
-from tests.fusion.models import recorded
+from tests.fusion.helpers import recorded
 from tests.support.native import needs_native
 
 pytestmark = needs_native

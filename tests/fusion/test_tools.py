@@ -18,18 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import dlfast
 from dlfast.fusion.layers import Link
-from tests.fusion.models import (
-    AWKWARD,
-    Functional,
-    Normalised,
-    Plain,
-    Residual,
-    example_of,
-    layers,
-    recorded,
-    runs_fused,
-    small_images,
-)
+from tests.fusion.helpers import example_of, layers, recorded, runs_fused, small_images
+from tests.fusion.models import AWKWARD, Functional, Normalised, Plain, Residual
 from tests.support.native import needs_native
 
 pytestmark = needs_native

@@ -12,7 +12,9 @@ from torch import nn
 
 import dlfast
 from dlfast.fusion.run import ChainRun
-from tests.fusion.models import AWKWARD, Coin, Hooked, Plain, example_of, recorded
+from tests.fusion.blocks import Coin, Hooked
+from tests.fusion.helpers import example_of, recorded
+from tests.fusion.models import AWKWARD, Plain
 from tests.support.native import needs_native
 
 pytestmark = needs_native

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 import dlfast
 from dlfast._native import native
 from dlfast.nn.folding import Fold
-from tests.fusion.models import runs_fused
+from tests.fusion.helpers import runs_fused
 from tests.support.native import needs_native
 
 

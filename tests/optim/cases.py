@@ -60,6 +60,18 @@ OPTIONS = {
 SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 255, 257, 1023, 1024, 1025, 4095, 4096, 4097]
 
 
+SHAPES = [(3,), (17, 5), (4, 3, 3, 3), (), (0, 4), (1500,), (2, 2061)]
+
+
+def start(dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+def parameters(tensors):
+    return [nn.Parameter(t.clone()) for t in tensors]
+
+
 def make(lib, name, options, params):
     return getattr(lib, name)(params, **options)
 

@@ -216,7 +216,7 @@ def test_int8_states_train_to_the_same_accuracy(network, epochs):
 def test_every_simd_level_gives_the_same_numbers(level):
     """Formats, tails and algorithms at each level this CPU has, in a process of its own."""
     selection = "every_size or formats_are_those or random_rounding or unbiased"
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_optim.py", "test_optim_options.py")]
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_step.py", "test_state_formats.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({selection}) and Adam", *tests],
         env={**os.environ, "DLFAST_CPU_CAPABILITY": level},

@@ -81,7 +81,7 @@ class BlockChoice:
         bytes: what the forward reads and writes.
         parts: the candidates of each part with their predicted seconds.
         floor: seconds that the forward takes at least if every product is computed and every byte moved once.
-        ran: with ``explain(..., ran=True)``, what ran: (operator, device, part, algorithm, how often).
+        ran: with ``explain(..., ran=True)``, what ran: (operator, device, part, algorithm, calls).
     """
 
     forward: str

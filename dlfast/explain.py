@@ -65,7 +65,7 @@ def explain(target: nn.Module, *inputs: Any, ran: bool = False) -> BlockChoice |
 
 
 def _run(target: nn.Module, inputs: tuple[Any, ...]) -> list[counters.Ran]:
-    """What of our operators runs in a step of `target`; its gradients, statistics and random numbers stay as they are."""
+    """What of our operators runs in a step of a copy of `target`; the random number generators stay as they are."""
     model = copy.deepcopy(target)
     if not isinstance(model, ConvReLUPool2d) and not is_fused(model):
         model = fuse(model, *inputs)

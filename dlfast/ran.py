@@ -17,20 +17,20 @@ class Ran(NamedTuple):
         device: "cpu" or "cuda".
         part: "forward", "backward" or, of a convolution, "grad_input" and "grad_weight".
         algorithm: as :func:`dlfast.explain` names it; "pass" of an operator that has one only.
-        count: how often.
+        calls: how often.
     """
 
     operator: str
     device: str
     part: str
     algorithm: str
-    count: int
+    calls: int
 
 
 def counts() -> list[Ran]:
     """Since the start of the process; empty without compiled operators.
 
-    >>> all(ran.count > 0 for ran in counts())
+    >>> all(ran.calls > 0 for ran in counts())
     True
     """
     return [] if native.module is None else [Ran(*row) for row in native.module.ran()]
@@ -46,15 +46,15 @@ def watch() -> Iterator[list[Ran]]:
     >>> {each.part for each in ran} <= {"forward"}
     True
     """
-    before = {ran[:4]: ran.count for ran in counts()}
+    before = {ran[:4]: ran.calls for ran in counts()}
     seen: list[Ran] = []
     yield seen
     for ran in counts():
-        if more := ran.count - before.get(ran[:4], 0):
-            seen.append(ran._replace(count=more))
+        if more := ran.calls - before.get(ran[:4], 0):
+            seen.append(ran._replace(calls=more))
 
 
 def ran_lines(ran: Iterable[Ran]) -> list[str]:
     """For people."""
-    lines = [f"ran: {r.operator} {r.part}: {r.algorithm} on {r.device}, {r.count}x" for r in ran]
+    lines = [f"ran: {r.operator} {r.part}: {r.algorithm} on {r.device}, {r.calls}x" for r in ran]
     return lines or ["ran: none of our operators"]

@@ -6,9 +6,9 @@
 // ignores.
 #pragma once
 
-#include "pool/params.h"
 #include "norm/vectors.h"
 #include "pool/kernels.h"
+#include "pool/params.h"
 
 namespace dlfast {
 

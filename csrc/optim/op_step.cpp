@@ -67,7 +67,8 @@ bool plain_strided(const at::Tensor& grad) {
 }
 
 // What Python says of a parameter. `key` has `entry` in optimizer.state, `formats` are "signed" or "unsigned"
-// for states in code8 and None for others, `watched` the pairs of name and value that entry must go on holding.
+// for states in code8 and None for others, `watched` the pairs of name and value that entry must go on
+// holding.
 Item make_item(py::object key, const py::object& param, py::object entry, const py::tuple& states,
                const py::tuple& scales, const py::tuple& formats, const py::object& average,
                const py::object& master, const py::object& step, int32_t group, uint32_t id,
@@ -119,7 +120,7 @@ std::vector<double> numbers_of(const py::list& hyper) {
 }
 
 PreparedStep::PreparedStep(const std::string& algorithm, const py::list& items, const py::list& param_lists,
-           const py::list& idle)
+                           const py::list& idle)
     : algorithm_(algorithm_of(algorithm)) {
   items_.reserve(items.size());
   for (const auto& item : items) add(item.cast<Item>());
@@ -236,7 +237,7 @@ CpuResult PreparedStep::take(const StepOptions& options, std::vector<double> gro
 }
 
 py::object PreparedStep::run(const py::dict& states, const py::list& hyper, const StepOptions& options,
-                     const py::object& grads) {
+                             const py::object& grads) {
   const GradientsHeld held(items_);
   if (!take_gradients(states, grads)) return py::none();
   CpuResult result;
@@ -257,7 +258,8 @@ py::object PreparedStep::run(const py::dict& states, const py::list& hyper, cons
   return py::make_tuple(norm, result.skipped);
 }
 
-py::object PreparedStep::squares(const py::dict& states, const StepOptions& options, const py::object& grads) {
+py::object PreparedStep::squares(const py::dict& states, const StepOptions& options,
+                                 const py::object& grads) {
   const GradientsHeld held(items_);
   if (!take_gradients(states, grads)) return py::none();
   CpuStep step{.algorithm = algorithm_, .tensors = {}, .groups = {}, .options = options};

@@ -1,8 +1,8 @@
 // A prepared step: tensors that were checked once, with their pointers, for the steps that follow.
 //
-// Preparing takes a look at every tensor and costs far more than a step of a small network. A PreparedStep keeps what
-// it found and asks at each step only whether it still holds: the same parameters, states and memory. Where
-// it does not, run() says so before anything has changed, and the optimizer prepares anew.
+// Preparing takes a look at every tensor and costs far more than a step of a small network. A PreparedStep
+// keeps what it found and asks at each step only whether it still holds: the same parameters, states and
+// memory. Where it does not, run() says so before anything has changed, and the optimizer prepares anew.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -61,7 +61,7 @@ class DLFAST_HIDDEN PreparedStep {
   // `items` are Items; `param_lists` are the lists of param_groups and
   // `idle` the parameters among them that have no gradient.
   PreparedStep(const std::string& algorithm, const py::list& items, const py::list& param_lists,
-       const py::list& idle);
+               const py::list& idle);
 
   // Whether run() would find all as it was; it looks itself.
   bool holds(const py::dict& states, const py::object& grads);

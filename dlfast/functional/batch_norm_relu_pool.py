@@ -111,7 +111,15 @@ def _fake_forward(
     pool_padding: Sizes, ceil_mode: bool, save_winner_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     output, winner_mask = fake_relu_pool2d(
-        input, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_winner_mask and pool == "max"
+        input,
+        None,
+        activation,
+        pool,
+        pool_size,
+        pool_stride,
+        pool_padding,
+        ceil_mode,
+        save_winner_mask and pool == "max",
     )
     wide = torch.promote_types(input.dtype, torch.float32)
     statistics = input.new_empty([0 if mean is not None else input.shape[1]], dtype=wide)

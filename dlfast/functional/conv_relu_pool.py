@@ -128,7 +128,9 @@ def _fake_forward(
     pool_padding: Sizes, ceil_mode: bool, save_winner_mask: bool, algorithms: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = _convolved(input, weight, bias, stride, padding, dilation, groups)
-    return fake_relu_pool2d(z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_winner_mask)
+    return fake_relu_pool2d(
+        z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_winner_mask
+    )
 
 
 def _fake_backward(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
+from dlfast.choice import BlockChoice
 from dlfast.functional.window import Window
 from dlfast.fusion.steps import Step, recognise
 from dlfast.fusion.tracing import Level
-from dlfast.choice import BlockChoice
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class OnDevice(Preparing):
         raise NotImplementedError
 
     def _run_on_device(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Take the step; False, before anything has changed, where a plan no longer holds."""
+        """Take the step; False, before anything has changed, where a native step no longer holds."""
         finds_inf = scale is not None and found_inf is None
         buckets = prepared.buckets
         options = self._options_now(1.0, finds_inf)
@@ -84,7 +84,7 @@ class OnDevice(Preparing):
         found_inf: Tensor | None,
         fill: Callable[[Any, torch.device], None] | None = None,
     ) -> bool:
-        """The launches of CUDA `buckets`; False, before anything has changed, where a plan no longer holds."""
+        """The launches of CUDA `buckets`; False, before anything has changed, where a native step no longer holds."""
         assert native.module is not None
         numbers = [self._numbers(group) for group in self.param_groups]
         on_device = any(isinstance(v, Tensor) and v.is_cuda for row in numbers for v in row)
@@ -107,7 +107,7 @@ class OnDevice(Preparing):
         shards = self._shards
         apart = len(memories) > 1 or shards is not None or any(b.mesh_dims for b in buckets)
         done: bool = native.module.run_cuda(
-            [b.plan for b in buckets],
+            [b.native_step for b in buckets],
             [b.grads() for b in buckets],
             [memories[b.device] for b in buckets],
             self.state,

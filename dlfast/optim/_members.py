@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlfast._native import native
 from dlfast.optim import _formats
 from dlfast.optim._formats import in_memory_order
 
@@ -47,7 +48,7 @@ class Member:
     entry: dict[str, Any]  # of optimizer.state
     names: tuple[str, ...]  # of the states, in the order of the native rule
     step: Tensor | None = None  # counts the steps taken
-    watched: list[str] = field(default_factory=list)  # entries that a native plan relies on
+    watched: list[str] = field(default_factory=list)  # entries that a native step relies on
 
     @property
     def grad(self) -> Tensor:
@@ -64,8 +65,9 @@ class Member:
     def master(self) -> Tensor | None:
         return self.state("master_low") if self.param.dtype is torch.bfloat16 else self.state("master_param")
 
-    def native_item(self, unsigned: frozenset[str], stochastic_param: bool, stochastic_state: bool) -> tuple[Any, ...]:
-        """As the C++ Plan takes it (op_plan.cpp)."""
+    def native_item(self, unsigned: frozenset[str], stochastic_param: bool, stochastic_state: bool) -> Any:
+        """As the native step takes it (csrc/optim/op_step.cpp)."""
+        assert native.module is not None
         states = tuple(self.state(name) for name in self.names)
         scales = tuple(self.entry.get(name + "_scale") for name in self.names)
         formats = tuple(
@@ -74,9 +76,10 @@ class Member:
         )
         watched = tuple((name, self.entry[name]) for name in self.watched)
         entry = self.entry if self.watched else None
-        return (
-            self.key, self.param, entry, states, scales, formats, self.state("ema"), self.master, self.step,
-            self.group, self.number, stochastic_param, stochastic_state, watched,
+        return native.module.StepItem(
+            key=self.key, param=self.param, entry=entry, states=states, scales=scales, formats=formats,
+            average=self.state("ema"), master=self.master, step=self.step, group=self.group, id=self.number,
+            stochastic_param=stochastic_param, stochastic_state=stochastic_state, watched=watched,
         )  # fmt: skip
 
 

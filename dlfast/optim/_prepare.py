@@ -50,9 +50,9 @@ class Made:
 
 @dataclass
 class Bucket:
-    """What one plan covers: members of one device (on CUDA also of one dtype), split over the same mesh."""
+    """What one native step covers: members of one device (on CUDA also of one dtype), split over the same mesh."""
 
-    plan: Any
+    native_step: Any
     members: list[Member]
     device: torch.device
     mesh: Any
@@ -85,7 +85,7 @@ class Prepared:
         self.buckets: list[Bucket] = []
         self.plain: list[Member] = []
         self.idle: list[Tensor] = []  # have no gradient, but an average that moves with every step
-        self.lasts = True  # plans look into lists, and notice no change of another kind of sequence
+        self.lasts = True  # native steps look into lists, and notice no change of another kind of sequence
 
     def alone(self) -> Bucket | None:
         """The bucket that is the whole step, if one is, and nothing of it lies elsewhere."""
@@ -193,14 +193,14 @@ class Preparing(Checkpoint):
                 for m in bucket
             ]
             assert native.module is not None
-            plan = native.module.Plan(self._algorithm, items, lists if only is None else [], idle)
-            prepared.buckets.append(Bucket(plan, bucket, device, mesh, dims))
+            step = native.module.PreparedStep(self._algorithm, items, lists if only is None else [], idle)
+            prepared.buckets.append(Bucket(step, bucket, device, mesh, dims))
         if members and only is None and extras.ema_decay is not None:
             prepared.idle = [p for p in idle if "ema" in (self.state.get(p) or {})]
         return prepared
 
     def _asked(self) -> list[Any]:
-        """What of the groups decides how a step is prepared; plans look into the lists of parameters."""
+        """What of the groups decides how a step is prepared; native steps look into the lists of parameters."""
         return [
             (self._names(group), group.get("fused"), group.get("capturable"), id(group["params"]))
             for group in self.param_groups
@@ -273,7 +273,7 @@ class Preparing(Checkpoint):
             raise RuntimeError(f"the gradient of {name} must be a DTensor placed as the parameter is")
 
     def _refuse(self, members: list[Member]) -> None:
-        """What must be known of all members before any is written; a plan checks the rest of its own."""
+        """What must be known of all members before any is written; a native step checks the rest of its own."""
         state_dtype = self._extras.state_dtype
         for m in members:
             p = m.param
@@ -316,7 +316,7 @@ class Preparing(Checkpoint):
             m.watched.append("ema")
 
     def _check_states(self, m: Member) -> None:
-        """That states set by hand fit; the plan says the rest in its own terms."""
+        """That states set by hand fit; the native step says the rest in its own terms."""
         for name in m.watched:
             value = m.state(name)
             assert value is not None

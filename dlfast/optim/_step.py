@@ -214,14 +214,14 @@ class FusedStep(OnDevice):
             move_averages(prepared.idle, self.state, self._extras.ema_decay or 0.0, self._skipped)
 
     def _run_alone(self, bucket: Bucket, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """The step of one plan on the CPU; False, before anything has changed, where it no longer holds."""
+        """One native step on the CPU; False, before anything has changed, where it no longer holds."""
         hyper = self._hyper()
         if found_inf is not None and found_inf.item() != 0:
             self._skip(only)
             return True
         finds_inf = scale is not None and found_inf is None
         options = self._options_now(1.0 if scale is None else 1.0 / scale.item(), finds_inf)
-        result = bucket.plan.run(self.state, hyper, options, None)
+        result = bucket.native_step.run(self.state, hyper, options, None)
         if result is None:
             return False
         self._took(*result)
@@ -265,7 +265,7 @@ class FusedStep(OnDevice):
 
     @torch.no_grad()
     def _step_slowly(self, only: Tensor | None, scale: Tensor | None, found_inf: Tensor | None) -> Prepared:
-        """The step of tensors that no plan knows, or that several engines share."""
+        """The step of tensors that no native step knows, or that several engines share."""
         kept = prepared = self._prepared.pop(only, None)
         new: list[Made] = []
         skipped = True
@@ -284,13 +284,13 @@ class FusedStep(OnDevice):
                     made.undo(self.state)
         if skipped:
             self._skip(only)
-        elif prepared.buckets and prepared.lasts and not prepared.plain:  # else no plan would notice new gradients
+        elif prepared.buckets and prepared.lasts and not prepared.plain:  # else none would notice new gradients
             self._prepared[only] = prepared
         return prepared
 
     def _hold(self, prepared: Prepared) -> bool:
-        """Whether every plan still takes the parameters, gradients and states that are there."""
-        return all(b.plan.holds(self.state, b.grads()) for b in prepared.buckets)
+        """Whether every native step still takes the parameters, gradients and states that are there."""
+        return all(b.native_step.holds(self.state, b.grads()) for b in prepared.buckets)
 
     def _run(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Take the step; whether it was skipped, where the host knows."""
@@ -307,7 +307,7 @@ class FusedStep(OnDevice):
         options = self._options_now(unscale, finds_inf)
         alone = None if shared else prepared.alone()
         if alone is not None:
-            norm, skipped = alone.plan.run(self.state, hyper, options, None)
+            norm, skipped = alone.native_step.run(self.state, hyper, options, None)
             if not skipped:
                 self._took(norm, False)
             return bool(skipped)
@@ -333,7 +333,10 @@ class FusedStep(OnDevice):
         if on_cuda and not self._launch(on_cuda, options, None, None):
             raise RuntimeError(CHANGED_MEANWHILE)
         for bucket in prepared.buckets:
-            if bucket.device.type == "cpu" and bucket.plan.run(self.state, hyper, options, bucket.grads()) is None:
+            if (
+                bucket.device.type == "cpu"
+                and bucket.native_step.run(self.state, hyper, options, bucket.grads()) is None
+            ):
                 raise RuntimeError(CHANGED_MEANWHILE)
         if self._extras.zero_grad_after_step:
             for m in prepared.plain:
@@ -363,7 +366,7 @@ class FusedStep(OnDevice):
             if bucket.device.type == "cuda":
                 squares = sum(_squares(unscaled(m, plain_options)) for m in bucket.members)
             else:
-                squares = bucket.plan.squares(self.state, self._native_options, bucket.grads())
+                squares = bucket.native_step.squares(self.state, self._native_options, bucket.grads())
             total += _reduced(squares, bucket.mesh, bucket.mesh_dims)
         for m in prepared.plain:
             dtypes.add(m.param.dtype)

@@ -189,15 +189,19 @@ def run(function: Any, tensors: list[Tensor], options: dict[str, Any]) -> tuple[
     return output.detach(), [leaf.grad for leaf in leaves]
 
 
-def report(input: Tensor, weight: Tensor, conv: Sequence[Any], pooling: Sequence[Any], bias: Tensor | None = None) -> Any:
+def report(
+    input: Tensor, weight: Tensor, conv: Sequence[Any], pooling: Sequence[Any], bias: Tensor | None = None
+) -> Any:
     """What is chosen for a block that keeps its winner mask, as the extension says it.
 
     Args:
         conv: stride, padding, dilation and groups, the first three as pairs.
         pooling: activation, pool, pool_size, pool_stride, pool_padding and ceil_mode.
     """
-    names = ("stride", "padding", "dilation", "groups", "activation", "pool", "pool_size", "pool_stride", "pool_padding",
-             "ceil_mode")  # fmt: skip
+    names = [
+        "stride", "padding", "dilation", "groups",
+        "activation", "pool", "pool_size", "pool_stride", "pool_padding", "ceil_mode",
+    ]  # fmt: skip
     options = dict(zip(names, [*conv, *pooling], strict=True))
     return native.module.report_block(
         input=input, weight=weight, bias=bias, save_winner_mask=True, flops=1.0, bandwidth=1.0, **options
@@ -232,8 +236,8 @@ def chosen_algorithms(tensors: list[Tensor], options: dict[str, Any]) -> dict[st
         (pair("stride", conv["stride"]), pair("padding", padding), dilation, conv["groups"]),
         (
             options.get("activation", "relu"), options.get("pool", "max"), pair("pool_size", window),
-            pair("pool_stride", options.get("pool_stride") or window), pair("pool_padding", options.get("pool_padding", 0)),
-            options.get("ceil_mode", False),
+            pair("pool_stride", options.get("pool_stride") or window),
+            pair("pool_padding", options.get("pool_padding", 0)), options.get("ceil_mode", False),
         ),
     )  # fmt: skip
 
@@ -247,7 +251,7 @@ def algorithms_of(ran: list[Ran]) -> dict[str, str]:
 
 
 def run_as_chosen(function: Any, tensors: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-    """`run`, and a check that what was chosen is what ran: kernels that find nothing but finite numbers never give up."""
+    """`run`, and a check that what was chosen is what ran, as it does where all numbers are finite."""
     with watch() as ran:
         output, grads = run(function, tensors, options)
     if native.module is None or not output.numel():

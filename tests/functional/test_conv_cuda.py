@@ -14,6 +14,7 @@ from torch import Tensor
 import dlfast
 from dlfast import reference
 from dlfast._native import native
+from dlfast.ran import watch
 from tests.functional import cases
 from tests.functional.cases import Case
 
@@ -39,7 +40,9 @@ def algorithms(tensors: list[Tensor], case: Case) -> dict[str, str]:
     assert native.module is not None
     pool = case.pool.get("pool", "max")
     size = cases_pair(case.pool.get("pool_size", 2))
-    conv = [cases_pair(case.conv.get(name, default)) for name, default in [("stride", 1), ("padding", 0), ("dilation", 1)]]
+    conv = [
+        cases_pair(case.conv.get(name, default)) for name, default in [("stride", 1), ("padding", 0), ("dilation", 1)]
+    ]
     return cases.chosen(
         tensors[0], tensors[1], [*conv, case.conv.get("groups", 1)],
         (
@@ -221,7 +224,7 @@ def test_what_outgrows_a_tile_is_left_to_pytorch():
     case = Case(n=1, c=8, k=8, h=1, w=1, kernel=(3, 3), conv={"padding": 32760, "dilation": 32760},
                 pool={"pool": None})  # fmt: skip
     tensors = [on_cuda(t) if t.dim() == 4 else t.cuda() for t in cases.integers(case, torch.float16)]
-    assert ways(tensors, case)["forward"] == "pytorch"
+    assert algorithms(tensors, case)["forward"] == "pytorch"
 
 
 def test_products_are_named(monkeypatch):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlfast._native import native
+from dlfast.ran import watch
 from tests.functional import cases
 from tests.functional.cases import Case
 
@@ -314,7 +315,9 @@ def test_more_than_2_to_31_elements():
     input[-1].normal_()
     weight = torch.zeros(32, 64, 3, 3, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
     grad = torch.randn(45, 32, 450, 450, device="cuda").half().to(memory_format=torch.channels_last)
-    winner_mask = torch.randint(0, 4, grad.shape, device="cuda", dtype=torch.uint8).to(memory_format=torch.channels_last)
+    winner_mask = torch.randint(0, 4, grad.shape, device="cuda", dtype=torch.uint8).to(
+        memory_format=torch.channels_last
+    )
     options = ([1, 1], [1, 1], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False, [False, True, False])
     op = torch.ops.dlfast._conv_relu_pool2d_backward
     _, whole, _ = op(grad, input, weight, winner_mask, *options)

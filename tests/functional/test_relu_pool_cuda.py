@@ -140,7 +140,9 @@ def assert_equal(actual: Tensor, expected: Tensor, what: str, exact: bool = Fals
     )  # fmt: skip
 
 
-def assert_winner_mask(winner_mask: Tensor, leaf: Tensor, z: Tensor, output: Tensor, activation: str | None, p: Pooling) -> None:
+def assert_winner_mask(
+    winner_mask: Tensor, leaf: Tensor, z: Tensor, output: Tensor, activation: str | None, p: Pooling
+) -> None:
     """`winner_mask` is what params.h says, from PyTorch's own choice of the winners."""
     if p.pool == "max":
         wide = p.size[0] * p.size[1] > 255
@@ -282,7 +284,9 @@ def test_empty_batch(pool):
     z = torch.empty(0, 8, 6, 6, device="cuda")
     output, winner_mask = torch.ops.dlfast._relu_pool2d(z, None, "relu", *p.args, True)
     assert output.shape == p.reference(z.cpu()).shape
-    grad = torch.ops.dlfast._relu_pool2d_backward(output, output if pool is None else winner_mask, [6, 6], "relu", *p.args)
+    grad = torch.ops.dlfast._relu_pool2d_backward(
+        output, output if pool is None else winner_mask, [6, 6], "relu", *p.args
+    )
     assert grad.shape == z.shape
 
 

@@ -334,7 +334,9 @@ def renewed(model: nn.Module, index: int) -> None:
     for module in model.modules():
         name = type(module).__name__
         if "Conv2d" in name:
-            nn.init.constant_(module.weight, 0.25)
+            # No two alike: which of equal weights pruning takes, after a step, roundings would decide.
+            with torch.no_grad():
+                module.weight.copy_(torch.linspace(0.1, 0.4, module.weight.numel()).view_as(module.weight))
         elif name.startswith("Dropout"):
             module.train()
         elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:

@@ -87,6 +87,26 @@ def assert_same(have, want, tolerance: float) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance, equal_nan=True)  # NaN, or to tell where
 
 
+def amplified(way, model: nn.Module, number: int, want: list) -> float:
+    """How far a rounding of every parameter moves the output of the plain model, in parts of the largest number."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before, grads = [t.detach().clone() for t in tensors], [p.grad for p in model.parameters()]
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.empty(p.shape, dtype=torch.float64).uniform_(-1, 1, generator=generator)
+            p.mul_((1 + torch.finfo(torch.float32).eps * noise).to(p.dtype))
+    other = outcome(way, model, number)
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        p.grad = grad
+    if isinstance(other, type):
+        return 0.0
+    return 10 * ((other[0] - want[0]).abs().max() / want[0].abs().max().clamp(min=1)).item()
+
+
 class SideBySide(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -118,6 +138,9 @@ class SideBySide(RuleBasedStateMachine):
             return
         if have[0].dtype is not torch.float64:
             self.tolerance = 2e-3  # from now on: statistics have taken in its roundings
+            if amplified(way, self.plain, seed, want) > self.tolerance:
+                self.over = True  # a model that makes that much of a rounding tells nothing
+                return
         assert_same(have, want, self.tolerance)
         state = self.plain.state_dict()
         assert list(self.fused.state_dict()) == list(state)

@@ -38,7 +38,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LIMITS = {"tests": 150, "sanitizer": 55, "benchmark": 190}
 BENCHMARK_BEGINS = 140  # no further problem after that
 PER_FILE = 8  # tests of each file that run under the sanitizers, which are slow
-NOT_KERNELS = ("test_gpu_check.py", "test_cuda_failure.py", "test_traffic.py", "test_plan_cuda.py")
+NOT_KERNELS = ("test_gpu_check.py", "test_cuda_failure.py", "test_traffic.py", "test_heuristics_cuda.py")
 SANITIZER_FAILED = 86  # so that its findings are told from failing tests
 TAIL = 4000
 

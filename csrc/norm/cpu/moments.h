@@ -5,6 +5,7 @@
 #include "core/level.h"
 #include "norm/cpu/slices.h"
 #include "norm/kernels.h"
+#include "pool/cpu/relu_pool.h"
 
 namespace dlfast::DLFAST_LEVEL {
 

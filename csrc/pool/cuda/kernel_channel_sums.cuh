@@ -9,9 +9,9 @@
 // joined. Every sum is taken in an order that follows from the sizes alone.
 #pragma once
 
-#include "pool/params.h"
 #include "core/pack.h"
 #include "core/portability.h"
+#include "pool/params.h"
 
 namespace dlfast::channel_sums {
 

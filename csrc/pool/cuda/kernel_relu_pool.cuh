@@ -8,10 +8,10 @@
 #include <cmath>
 #include <type_traits>
 
-#include "pool/params.h"
 #include "core/fast_divmod.h"
 #include "core/pack.h"
 #include "core/portability.h"
+#include "pool/params.h"
 
 namespace dlfast {
 

@@ -6,8 +6,8 @@
 
 #include <c10/util/Exception.h>
 
-#include "pool/params.h"
 #include "pool/cuda/kernel_channel_sums.cuh"
+#include "pool/params.h"
 
 namespace dlfast::channel_sums {
 

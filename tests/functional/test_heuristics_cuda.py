@@ -1,4 +1,4 @@
-"""The planner on CUDA: what it predicts, what it measures, what it is made to do."""
+"""The heuristics on CUDA: what it predicts, what it measures, what it is made to do."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 def test_first_layers_take_one_kernel():
     """They are bound by what they write, which is a quarter then, without what eager keeps."""
-    plan = dlfast.explain(block(3), tensor(64, 3, 224, 224))
+    choice = dlfast.explain(block(3), tensor(64, 3, 224, 224))
     if "emulator" not in torch.cuda.get_device_name():  # whose four processors compute longer than they write
-        assert plan.forward == "single"
-    assert [c.path for c in plan.parts[0].candidates] == ["eager", "pytorch", "single"]
-    eager, epilogue, single = plan.parts[0].candidates
+        assert choice.forward == "single"
+    assert [c.algorithm for c in choice.parts[0].candidates] == ["eager", "pytorch", "single"]
+    eager, epilogue, single = choice.parts[0].candidates
     assert single.bytes < epilogue.bytes / 2 < eager.bytes / 4
-    assert plan.floor < single.seconds
-    assert plan.floor < epilogue.seconds < eager.seconds
-    assert (plan.forward == "single") == (single.seconds < 0.9 * epilogue.seconds)
+    assert choice.floor < single.seconds
+    assert choice.floor < epilogue.seconds < eager.seconds
+    assert (choice.forward == "single") == (single.seconds < 0.9 * epilogue.seconds)
     # Input, weight, output and one byte for each of its elements.
     assert single.bytes == 2 * 64 * 3 * 224**2 + 2 * 64 * 27 + 3 * 64 * 64 * 112**2
-    assert "single" in str(plan)
+    assert "single" in str(choice)
 
 
 def test_what_has_no_single_kernel_says_so():
     contiguous = torch.randn(2, 16, 16, 16, device="cuda", dtype=torch.float64)
-    plan = dlfast.explain(block(16, torch.float64).to(memory_format=torch.contiguous_format), contiguous)
-    assert plan.forward == plan.grad_weight == "pytorch"
-    assert "do not take" in plan.reason
+    choice = dlfast.explain(block(16, torch.float64).to(memory_format=torch.contiguous_format), contiguous)
+    assert choice.forward == choice.grad_weight == "pytorch"
+    assert "do not take" in choice.reason
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -72,7 +72,7 @@ def test_benchmark_measures_once_and_takes_the_fastest(training, monkeypatch):
                                                padding=1)  # fmt: skip
     torch.testing.assert_close(first.cpu().float(), wanted, rtol=1e-2, atol=1e-2)
     # PyTorch's kernels one by one are measured as a whole block, not in parts.
-    assert [c.path for c in measured.parts[0].candidates] == ["pytorch", "single"]
+    assert [c.algorithm for c in measured.parts[0].candidates] == ["pytorch", "single"]
     epilogue, single = measured.parts[0].candidates
     assert {epilogue.seconds, single.seconds}.isdisjoint(c.seconds for c in predicted.parts[0].candidates)
     assert measured.parts[0].chosen.seconds == min(epilogue.seconds, single.seconds)
@@ -81,7 +81,7 @@ def test_benchmark_measures_once_and_takes_the_fastest(training, monkeypatch):
         first.float().sum().backward()
         assert module.weight.grad.isfinite().all()
         backward = dlfast.explain(module, x).parts[1]
-        assert [c.path for c in backward.candidates] == ["pytorch", "single"]
+        assert [c.algorithm for c in backward.candidates] == ["pytorch", "single"]
         assert backward.chosen.seconds == min(c.seconds for c in backward.candidates)
 
 
@@ -90,13 +90,13 @@ def test_a_block_that_eager_runs_faster_says_so(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     module, x = block(16), tensor(2, 16, 16, 16)
     module(x)
-    plan = dlfast.explain(module, x)
-    eager, ours = (float(number) for number in re.findall(r"([\d.e+-]+) ms", plan.reason))
+    choice = dlfast.explain(module, x)
+    eager, ours = (float(number) for number in re.findall(r"([\d.e+-]+) ms", choice.reason))
     if eager < ours:
-        assert (plan.forward, plan.grad_weight, plan.predicted_gain) == ("eager", "eager", 1.0)
+        assert (choice.forward, choice.grad_weight, choice.predicted_gain) == ("eager", "eager", 1.0)
     else:
-        assert plan.forward in ("pytorch", "single")
-        assert plan.predicted_gain == pytest.approx(eager / ours, rel=0.02)
+        assert choice.forward in ("pytorch", "single")
+        assert choice.predicted_gain == pytest.approx(eager / ours, rel=0.02)
 
 
 def test_checkpointing_with_benchmark(monkeypatch):

@@ -1,4 +1,4 @@
-"""The planner on the CPU: what it chooses on each kind of CPU, and what it is made to do."""
+"""The heuristics on the CPU: what it chooses on each kind of CPU, and what it is made to do."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def kind(request, monkeypatch):
     return request.param
 
 
-def plan_of(dtype=torch.float32, kernel=3, shape=(8, 64, 32, 32), out=64, layout=torch.contiguous_format, **options):
+def choice_of(dtype=torch.float32, kernel=3, shape=(8, 64, 32, 32), out=64, layout=torch.contiguous_format, **options):
     block = dlfast.nn.ConvReLUPool2d(shape[1], out, kernel, padding=kernel // 2, dtype=dtype, **options)
     input = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout)
     return dlfast.explain(block, input.requires_grad_())
 
 
-def ways(plan) -> tuple[str, str, str]:
-    return plan.forward, plan.grad_input, plan.grad_weight
+def algorithms(choice) -> tuple[str, str, str]:
+    return choice.forward, choice.grad_input, choice.grad_weight
 
 
 def test_wide_3x3_blocks_take_winograd(kind):
-    plan = plan_of()
-    assert ways(plan) == ("winograd4", "sparse", "sparse")
-    assert plan.predicted_gain > 1.2
-    assert plan.floor > 0
-    for part in plan.parts:
+    choice = choice_of()
+    assert algorithms(choice) == ("winograd4", "sparse", "sparse")
+    assert choice.predicted_gain > 1.2
+    assert choice.floor > 0
+    for part in choice.parts:
         assert part.chosen.seconds == min(c.seconds for c in part.candidates)
-        assert part.candidates[0].path == "pytorch"
+        assert part.candidates[0].algorithm == "pytorch"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_wide_3x3_blocks_take_winograd(kind):
 )
 def test_a_forced_plan_is_the_plan(monkeypatch, forced, forward, kind):
     monkeypatch.setenv("DLFAST_ALGORITHM", forced)
-    assert plan_of().forward == forward
+    assert choice_of().forward == forward
 
 
 # Where a vector holds two products of 16 bits for one of float32, Winograd's method still needs fewer: on Zen 4 it
@@ -62,27 +62,27 @@ FORWARD_IN_16_BITS = {
 @pytest.mark.parametrize("dtype", FORWARD_IN_16_BITS, ids=str)
 def test_wide_3x3_blocks_in_16_bits_go_by_the_products_of_the_cpu(dtype, pool, kind):
     expected = FORWARD_IN_16_BITS[dtype].get(kind, "winograd4")
-    assert plan_of(dtype, pool=pool).forward == expected
+    assert choice_of(dtype, pool=pool).forward == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_direct_sum_in_16_bits_is_left_to_pytorch_where_the_cpu_has_instructions_for_it(dtype, kind):
     """Ours widens the numbers first, which wins only where PyTorch's convolution has nothing better."""
     native_products = kind == "sapphire-rapids" or (kind == "zen4" and dtype == torch.bfloat16)
-    assert plan_of(dtype, kernel=5).forward == ("pytorch" if native_products else "direct")
+    assert choice_of(dtype, kernel=5).forward == ("pytorch" if native_products else "direct")
 
 
 def test_dense_gradients_in_16_bits_are_left_to_pytorch_where_they_would_be_laid_out_anew(kind):
     """Measured on Zen 4: 1.3 to 5 times as fast as ours from contiguous gradients."""
     contiguous, last = (
-        plan_of(torch.bfloat16, pool=None),
-        plan_of(torch.bfloat16, pool=None, layout=torch.channels_last),
+        choice_of(torch.bfloat16, pool=None),
+        choice_of(torch.bfloat16, pool=None, layout=torch.channels_last),
     )
     native_products = kind in ("zen4", "sapphire-rapids")
-    assert ways(contiguous)[1:] == ("pytorch" if native_products else "winograd4",) * 2
+    assert algorithms(contiguous)[1:] == ("pytorch" if native_products else "winograd4",) * 2
     assert last.grad_input == ("pytorch" if kind == "sapphire-rapids" else "winograd4")
     # Of a pooled gradient a quarter of the products is left.
-    assert plan_of(torch.bfloat16).grad_weight == ("pytorch" if kind == "sapphire-rapids" else "sparse")
+    assert choice_of(torch.bfloat16).grad_weight == ("pytorch" if kind == "sapphire-rapids" else "sparse")
 
 
 @pytest.mark.parametrize(("channels", "groups", "size", "way"), [(128, 32, 56, "pytorch"), (64, 2, 56, "winograd4")])
@@ -90,7 +90,7 @@ def test_winograd_in_groups_needs_channels_and_tiles(channels, groups, size, way
     """Convolutions alone, as a normalisation follows them: the groups of ResNeXt are too small for transforms."""
     plan_for("zen2", monkeypatch)
     block = {"kernel": 3, "out": channels, "groups": groups, "activation": None, "pool": None}
-    assert ways(plan_of(shape=(4, channels, size, size), **block)) == (way,) * 3
+    assert algorithms(choice_of(shape=(4, channels, size, size), **block)) == (way,) * 3
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_winograd_in_groups_needs_channels_and_tiles(channels, groups, size, way
 )
 def test_grad_weight_goes_by_the_number_of_products(channels, kernel, way, monkeypatch):
     plan_for("zen2", monkeypatch)
-    assert plan_of(kernel=kernel, shape=(8, channels, 64, 64)).grad_weight == way
+    assert choice_of(kernel=kernel, shape=(8, channels, 64, 64)).grad_weight == way
 
 
 def kind_of_this_machine() -> str | None:
@@ -123,13 +123,13 @@ def test_this_machine_is_planned_for_as_its_kind(dtype, monkeypatch):
 
     def table() -> list[tuple[str, str, float, bool]]:
         plans = [
-            plan_of(dtype),
-            plan_of(dtype, kernel=5),
-            plan_of(dtype, pool=None),
-            plan_of(dtype, shape=(1, 3, 9, 9)),
+            choice_of(dtype),
+            choice_of(dtype, kernel=5),
+            choice_of(dtype, pool=None),
+            choice_of(dtype, shape=(1, 3, 9, 9)),
         ]
-        parts = [part for plan in plans for part in plan.parts]
-        return [(part.name, c.path, c.seconds, c is part.chosen) for part in parts for c in part.candidates]
+        parts = [part for choice in plans for part in choice.parts]
+        return [(part.name, c.algorithm, c.seconds, c is part.chosen) for part in parts for c in part.candidates]
 
     plan_for(kind, monkeypatch)
     named = table()

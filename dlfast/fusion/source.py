@@ -28,7 +28,6 @@ MUTATORS = {
     "register_buffer", "register_parameter", "add_module", "__setattr__", "__setitem__", "put",
 }  # fmt: skip
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "seed", "initial_seed", "manual_seed", "uniform", "random"}
-PURE_TESTS = {"isinstance", "issubclass", "hasattr", "len", "bool", "callable"}
 WALKS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule"}
 SCRIPTING = {"torch.jit.is_scripting", "torch.jit.is_tracing"}
 COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}

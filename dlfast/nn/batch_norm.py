@@ -110,6 +110,8 @@ class BNReLUPool2d(nn.BatchNorm2d):
                 one of them, and asks each for what no other code asks for where it is not set; ReLU and pooling
                 would be lost without a word.
         """
+        # Nothing else tells: whatever it asks of a layer others ask as well, isinstance and named_children included,
+        # and to whoever else looks for qconfig, with hasattr, the answer must be no.
         if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             raise RuntimeError(
                 "BNReLUPool2d cannot become a SyncBatchNorm: use nn.SyncBatchNorm, nn.ReLU and the pooling layer"

@@ -87,7 +87,8 @@ class FusedStep(OnDevice):
             is_fused = bool(self.defaults.get("fused", vars(self).get("_fused")))
             handles = is_fused or clips or extras.zero_grad_after_step
         if not handles and sys._getframe(1).f_code is _SCALER_STEP:
-            # It takes no step where it finds infinities, and says so to nobody: until one follows, this was one.
+            # It takes no step where it finds infinities, and says so to nobody: until one follows, this was one. Only
+            # the caller tells: what it found stays with it, it runs no hook, and trainers read this attribute too.
             self._skipped = True
         return handles
 

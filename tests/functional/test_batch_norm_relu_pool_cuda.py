@@ -11,17 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlfast
 from dlfast import reference
-from dlfast._native import native
 from dlfast.nn import batch_norm_relu_pool2d
 from tests.functional.test_batch_norm_relu_pool import assert_close, problem, run
 from tests.functional.test_relu_pool_cuda import DTYPES, FORMATS, misaligned, name
 from tests.support.autograd import saved_bytes
+from tests.support.native import CUDA_KERNELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = CUDA_KERNELS
 
 # Channels and widths that fill packs of every dtype, and that do not.
 EVEN, ODD, WIDE = (2, 16, 6, 8), (3, 5, 7, 9), (1, 40, 5, 8)

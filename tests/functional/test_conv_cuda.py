@@ -17,12 +17,9 @@ from dlfast._native import native
 from dlfast.ran import watch
 from tests.functional import cases
 from tests.functional.cases import Case
+from tests.support.native import CUDA_KERNELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = CUDA_KERNELS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 WINDOWS = [{}, {"activation": None}, {"pool_size": 3}, {"pool": None}, {"pool": None, "activation": None}]

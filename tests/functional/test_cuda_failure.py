@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import dlfast
 from dlfast import _native
+from tests.support.native import built_for_cuda
 
-built_for_cuda = pytest.mark.skipif(not _native.native.build.get("cuda"), reason="built without CUDA")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, built_for_cuda])]
 
 

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 import dlfast
-from dlfast._native import native
 from tests.functional import cases
 from tests.functional.cases import Case
+from tests.support.native import CUDA_KERNELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = CUDA_KERNELS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORMATS = [torch.contiguous_format, torch.channels_last]

@@ -11,12 +11,9 @@ import torch.utils.checkpoint
 import dlfast
 from dlfast._native import native
 from tests.functional.test_conv_cuda import on_cuda
+from tests.support.native import CUDA_KERNELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = CUDA_KERNELS
 
 
 @pytest.fixture(autouse=True)

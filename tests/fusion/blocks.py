@@ -222,6 +222,20 @@ class InPlaceOnInput(nn.Module):
         self.unused = nn.Linear(2, 2)
 
 
+class Aliased(nn.Module):
+    """Layers reached through an alias outside of the module tree."""
+
+    reason = "reads `self.layers`"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2)
+        self.layers = [self.conv, nn.ReLU(), self.pool]
+
+    def forward(self, x):
+        return self.layers[2](F.relu(self.layers[0](x)))
+
+
 class Synchronised(nn.Sequential):
     reason = "SyncBatchNorm"
 
@@ -265,6 +279,6 @@ def double_input(module, args):
 # The convolution stays; ReLU and pooling after it become one.
 CONV_LEFT_ALONE = [Hooked, BackwardHooked, Parametrised, Spectral, OldWeightNorm, Pruned, Subclassed, PreHooked]
 LEFT_ALONE = [
-    HookedPool, Indices, Dilated, Coin, Remembers, Collects, TrainsOtherwise,
-    WithoutGradients, Decorated, Noise, Optional, Patched, InPlaceOnInput, Synchronised, SiLU, NothingToGain, NoChain,
+    HookedPool, Indices, Dilated, Coin, Remembers, Collects, TrainsOtherwise, WithoutGradients, Decorated, Noise,
+    Optional, Patched, InPlaceOnInput, Aliased, Synchronised, SiLU, NothingToGain, NoChain,
 ]  # fmt: skip

@@ -245,20 +245,6 @@ class DynamicShapes(nn.Module):
         return x.reshape(n, -1) * scale / height
 
 
-class Replaced(nn.Module):
-    """Layers reached through an alias outside of the module tree."""
-
-    fused = frozenset({CONV})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2)
-        self.layers = [self.conv, nn.ReLU(), self.pool]
-
-    def forward(self, x):
-        return self.layers[2](F.relu(self.layers[0](x)))
-
-
 class Asymmetric(nn.Sequential):
     fused = frozenset({CONV})
 

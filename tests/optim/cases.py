@@ -1,5 +1,6 @@
 """Optimizers, options and shapes that the optimizer tests share."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -44,6 +45,10 @@ CASE_IDS = [f"{name}-{'-'.join(options)}" for name, options in CASES]
 
 TORCH_NAMES = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
 NAMES = [*TORCH_NAMES, "Lion", "LAMB"]
+by_name = pytest.mark.parametrize("name", NAMES)
+by_torch_name = pytest.mark.parametrize("name", TORCH_NAMES)
+engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+LOW = [torch.bfloat16, torch.float16]
 # For tests of anything but the arithmetic.
 OPTIONS = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},

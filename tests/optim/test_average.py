@@ -7,11 +7,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dlfast.optim
 from dlfast.optim import step_in_backward
-from tests.optim.cases import NAMES, OPTIONS, set_grads
+from tests.optim.cases import OPTIONS, by_name, engines, set_grads
 
 DECAY = 0.75
-by_name = pytest.mark.parametrize("name", NAMES)
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 
 
 @by_name

@@ -15,11 +15,16 @@ from torch import nn
 
 import dlfast.optim
 from dlfast._native import native
-from tests.optim.cases import NAMES, OPTIONS, TORCH_NAMES, assert_same, pair, set_grads, tolerance
-
-by_name = pytest.mark.parametrize("name", NAMES)
-by_torch_name = pytest.mark.parametrize("name", TORCH_NAMES)
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+from tests.optim.cases import (
+    OPTIONS,
+    assert_same,
+    by_name,
+    by_torch_name,
+    engines,
+    pair,
+    set_grads,
+    tolerance,
+)
 
 
 def start(dtype=torch.float32):

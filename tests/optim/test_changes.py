@@ -6,10 +6,7 @@ from torch import nn
 
 import dlfast.optim
 from dlfast.optim import step_in_backward
-from tests.optim.cases import NAMES, OPTIONS
-
-by_name = pytest.mark.parametrize("name", NAMES)
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+from tests.optim.cases import OPTIONS, by_name, engines
 
 
 def parameter(size=3, dtype=torch.float32, grad=1.0):

@@ -7,15 +7,10 @@ import torch
 from torch import nn
 
 import dlfast.optim
-from dlfast._native import native
-from tests.optim.cases import NAMES, OPTIONS, assert_same, set_grads, tolerance
+from tests.optim.cases import OPTIONS, assert_same, by_name, set_grads, tolerance
+from tests.support.native import CUDA_KERNELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-by_name = pytest.mark.parametrize("name", NAMES)
+pytestmark = CUDA_KERNELS
 
 
 def parameters(device="cuda", shapes=((37,), (5, 3), (4100,))):

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import dlfast.optim
-from tests.optim.cases import NAMES, OPTIONS, set_grads
+from tests.optim.cases import NAMES, OPTIONS, by_name, set_grads
 
-by_name = pytest.mark.parametrize("name", NAMES)
 EXTRAS = {
     "average": {"ema_decay": 0.9, "max_grad_norm": 1.0, "zero_grad_after_step": True},
     "int8": {"state_dtype": "int8", "stochastic_rounding": True, "max_grad_value": 0.5},

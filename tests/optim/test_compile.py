@@ -9,9 +9,7 @@ import torch._dynamo.testing
 from torch import nn
 
 import dlfast.optim
-from tests.optim.cases import NAMES, OPTIONS, assert_same, set_grads
-
-by_name = pytest.mark.parametrize("name", NAMES)
+from tests.optim.cases import OPTIONS, assert_same, by_name, set_grads
 
 
 @pytest.fixture(autouse=True)

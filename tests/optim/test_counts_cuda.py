@@ -9,11 +9,10 @@ import sys
 import pytest
 import torch
 
-from dlfast._native import native
+from tests.support.native import CUDA_KERNELS
 
 pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
+    *CUDA_KERNELS,
     pytest.mark.skipif(
         not torch.cuda.is_available() or "emulator" not in torch.cuda.get_device_name(),
         reason="the CUDA emulator counts, a GPU does not",

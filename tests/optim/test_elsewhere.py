@@ -12,11 +12,16 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import dlfast.optim
 from dlfast._native import native
-from tests.optim.cases import NAMES, OPTIONS, TORCH_NAMES, pair, ran_natively, set_grads
+from tests.optim.cases import (
+    OPTIONS,
+    by_name,
+    by_torch_name,
+    engines,
+    pair,
+    ran_natively,
+    set_grads,
+)
 
-by_name = pytest.mark.parametrize("name", NAMES)
-by_torch_name = pytest.mark.parametrize("name", TORCH_NAMES)
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 WAYS = ["deepcopy", "pickle", "same", "fresh", "half", "file"]
 
 

@@ -12,9 +12,8 @@ from torch import nn
 
 import dlfast.optim
 from dlfast.optim import _formats
+from tests.optim.cases import LOW
 from tests.support.native import needs_native
-
-LOW = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize(

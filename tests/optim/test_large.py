@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from dlfast._native import native
-from tests.support.native import needs_native
+from tests.support.native import built_for_cuda, needs_native
 
 UNIT = 4096
 # Around what 31 and 32 bits count, and beyond; empty and small ones between.
@@ -18,7 +18,7 @@ def units_of(numel):
     return max(1, -(-numel // UNIT))
 
 
-@pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA")
+@built_for_cuda
 def test_every_block_of_a_cuda_step_finds_its_elements():
     first = 0
     for tensor, numel in enumerate(NUMELS):

@@ -12,9 +12,11 @@ from dlfast.optim import _formats
 from tests.optim.cases import (
     CASE_IDS,
     CASES,
-    NAMES,
+    LOW,
     OPTIONS,
     assert_same,
+    by_name,
+    engines,
     forgive_signs,
     parameters,
     set_grads,
@@ -25,15 +27,11 @@ from tests.optim.oracle import Oracle
 from tests.support.native import needs_native
 
 STEPS = 200
-LOW = [torch.bfloat16, torch.float16]
 EXTRAS = {
     "plain": {},
     "clip": {"max_grad_norm": 20.0, "max_grad_value": 1.5},
     "tail": {"max_grad_norm": 5.0, "ema_decay": 0.9, "zero_grad_after_step": True},
 }
-
-by_name = pytest.mark.parametrize("name", NAMES)
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 
 
 def exact(opt, p):

@@ -8,20 +8,26 @@ import torch
 from torch import nn
 
 import dlfast.optim
-from dlfast._native import native
 from dlfast.optim import _formats
-from tests.optim.cases import CASE_IDS, CASES, NAMES, OPTIONS, SIZES, assert_same, forgive_signs, set_grads, tolerance
+from tests.optim.cases import (
+    CASE_IDS,
+    CASES,
+    LOW,
+    OPTIONS,
+    SIZES,
+    assert_same,
+    by_name,
+    forgive_signs,
+    set_grads,
+    tolerance,
+)
 from tests.optim.oracle import Oracle
+from tests.support.native import CUDA_KERNELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = CUDA_KERNELS
 # An odd tail, a block of int8 states and a bit, more than a unit (4096) of the kernel, nothing at all.
 SHAPES = [(37,), (17, 5), (), (0, 2), (259,), (3, 1400)]
 STEPS = 4
-LOW = [torch.bfloat16, torch.float16]
 EXTRAS = {
     "clip": {"max_grad_norm": 20.0, "max_grad_value": 1.5},
     "tail": {"max_grad_norm": 5.0, "ema_decay": 0.9, "zero_grad_after_step": True},
@@ -35,7 +41,6 @@ FORMATS = {
     "stochastic": {"stochastic_rounding": True},
     "stochastic-16-tail": {"stochastic_rounding": True, "state_dtype": torch.bfloat16, "ema_decay": 0.5},
 }
-by_name = pytest.mark.parametrize("name", NAMES)
 
 
 def start(dtype=torch.float32, shapes=SHAPES):

@@ -12,13 +12,12 @@ from tests.optim.cases import (
     NAMES,
     OPTIONS,
     TORCH_NAMES,
+    by_name,
+    engines,
     parameters,
     set_grads,
     start,
 )
-
-by_name = pytest.mark.parametrize("name", NAMES)
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 
 
 @by_name

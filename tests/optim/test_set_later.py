@@ -9,12 +9,11 @@ from torch import nn
 
 import dlfast.optim
 from dlfast._native import native
-from tests.optim.cases import NAMES, OPTIONS, TORCH_NAMES, pair, ran_natively, set_grads
+from tests.optim.cases import NAMES, OPTIONS, TORCH_NAMES, engines, pair, ran_natively, set_grads
 from tests.optim.oracle import Oracle
 from tests.support.native import needs_native
 
 INF, NAN = math.inf, math.nan
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 
 
 def wide(value):

@@ -12,15 +12,15 @@ from dlfast.optim import _formats
 from tests.optim.cases import (
     CASE_IDS,
     CASES,
-    NAMES,
+    LOW,
     OPTIONS,
+    by_name,
     parameters,
     set_grads,
     start,
 )
 from tests.support.native import needs_native
 
-LOW = [torch.bfloat16, torch.float16]
 FORMATS = {
     "states32": {"state_dtype": torch.float32},
     "states16": {"state_dtype": torch.bfloat16},
@@ -30,8 +30,6 @@ FORMATS = {
     "stochastic": {"stochastic_rounding": True},
     "stochastic-16": {"stochastic_rounding": True, "state_dtype": torch.bfloat16, "ema_decay": 0.5},
 }
-
-by_name = pytest.mark.parametrize("name", NAMES)
 
 
 @needs_native

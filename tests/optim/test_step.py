@@ -8,6 +8,7 @@ import dlfast.optim
 from tests.optim.cases import (
     CASE_IDS,
     CASES,
+    LOW,
     NAMES,
     OPTIONS,
     SIZES,
@@ -23,7 +24,6 @@ from tests.optim.cases import (
 )
 from tests.support.native import needs_native
 
-LOW = [torch.bfloat16, torch.float16]
 FULL = [torch.float32, torch.float64]
 SHAPES = [(3,), (17, 5), (4, 3, 3, 3), (), (0, 4), (1500,), (2, 1030)]
 

@@ -7,14 +7,10 @@ import torch
 from torch import nn
 
 import dlfast.optim
-from dlfast._native import native
 from tests.optim.cases import CASE_IDS, CASES, NAMES, OPTIONS, SIZES, TORCH_NAMES, assert_same, set_grads, tolerance
+from tests.support.native import CUDA_KERNELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not native.build.get("cuda"), reason="built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = CUDA_KERNELS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(37,), (5, 3), (), (0, 2), (4100,)]
 by_name = pytest.mark.parametrize("name", TORCH_NAMES)

@@ -8,11 +8,8 @@ from torch import nn
 
 import dlfast.optim
 from dlfast._native import native
-from tests.optim.cases import NAMES, OPTIONS, TORCH_NAMES, assert_same, ran_natively, set_grads
+from tests.optim.cases import OPTIONS, TORCH_NAMES, assert_same, by_name, engines, ran_natively, set_grads
 from tests.support.native import needs_native
-
-by_name = pytest.mark.parametrize("name", NAMES)
-engines = pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
 
 
 @pytest.fixture(params=[False, True], ids=["data", "swap"])

@@ -10,10 +10,16 @@ from torch import nn
 
 import dlfast.optim
 from dlfast._native import native
-from tests.optim.cases import NAMES, OPTIONS, TORCH_NAMES, assert_same, pair, ran_natively, tolerance
+from tests.optim.cases import (
+    OPTIONS,
+    assert_same,
+    by_name,
+    by_torch_name,
+    pair,
+    ran_natively,
+    tolerance,
+)
 
-by_name = pytest.mark.parametrize("name", NAMES)
-by_torch_name = pytest.mark.parametrize("name", TORCH_NAMES)
 engines = pytest.mark.parametrize("fused", [None, False, True], ids=["default", "plain", "fused"])
 START = [torch.linspace(-1, 1, 37), torch.ones(5, 3)]
 INFINITE = {0, 3}  # steps with a gradient that is

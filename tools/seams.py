@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
     "cpu driver": _kind(r"\w+/cpu/\w+\.cpp", "plain", STANDARD, r"omp\.h"),
     "kernel": _kind(r"\w+/cuda/kernel_\w+\.cuh", "plain portability kernel", STANDARD),
     "launch": _kind(
-        r"\w+/cuda/launch_\w+\.(cu|cuh|h)", "plain portability kernel launch check", STANDARD,
+        r"core/launch\.cuh|\w+/cuda/launch_\w+\.(cu|cuh|h)", "plain portability kernel launch check", STANDARD,
         r"cuda_runtime(_api)?\.h", r"c10/cuda/\w+\.h", r"c10/util/(Exception|StringUtil|Type)\.h",
     ),
     # Operators: Torch, and never a body or a launch.
@@ -140,7 +140,7 @@ def violations(path: str, text: str) -> list[str]:
         if why := _may_include(path, KINDS[name], included, system):
             found.append(f"csrc/{path}:{number}: may not include {included}: {why}")
     if "<<<" in text and name != "launch":
-        found.append(f"csrc/{path}: launches belong in cuda/launch_*")
+        found.append(f"csrc/{path}: launches belong in core/launch.cuh and cuda/launch_*")
     found += [f"csrc/{path}:{line}: a launch without check_launch after it" for line in _unchecked_launches(text)]
     if "C10_CUDA_KERNEL_LAUNCH_CHECK" in text and name != "check":
         found.append(f"csrc/{path}: check_launch names the kernel, C10_CUDA_KERNEL_LAUNCH_CHECK does not")

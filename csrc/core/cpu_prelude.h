@@ -18,4 +18,5 @@
 #include <utility>
 
 #include "core/dtype.h"
+#include "core/math.h"
 #include "core/simd.h"

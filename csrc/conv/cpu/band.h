@@ -18,10 +18,6 @@ DLFAST_INLINE bool all_zero(F doubt) {
   return true;
 }
 
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 // Parts of a thread's workspace start on cache lines, so that no register of them lies across two.
 inline int64_t whole_lines(int64_t floats) {
   return round_up(floats, 16);

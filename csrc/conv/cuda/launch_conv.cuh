@@ -16,16 +16,13 @@
 
 #include "conv/cuda/kernel_channels.cuh"
 #include "conv/cuda/kernels.h"
-#include "core/launch_check.h"
+#include "core/launch.cuh"
+#include "core/math.h"
 
 namespace dlfast {
 
 constexpr int64_t kMost32Bit = int64_t{1} << 30;  // of what is counted in int32_t, products of two included
 constexpr int64_t kFewChannels = 4;               // of first layers
-
-constexpr int64_t ceil_to(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 inline bool aligned_16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
@@ -165,7 +162,7 @@ std::optional<ChannelsFit> fit_channels(const ConvView& v, int64_t element_bytes
     for (int64_t asked = std::min(taps, kMostTaps); asked >= 1; --asked) {
       const int64_t stages = (taps + asked - 1) / asked, per_stage = (taps + stages - 1) / stages;
       const int64_t patches = std::min<int64_t>(chunks, stages == 1 ? kStages : 2);
-      const int64_t weights_at = ceil_to(taps * W::width * 4, 128);
+      const int64_t weights_at = round_up(taps * W::width * 4, 128);
       const int64_t patches_at = weights_at + kStages * per_stage * channels_per_block * kChunkBytes;
       const int64_t patch_bytes = static_cast<int64_t>(t.patch_pixels()) * kChunkBytes;
       const int64_t bytes = patches_at + patches * patch_bytes;
@@ -193,12 +190,8 @@ void launch_conv(const Body& body, int64_t blocks, int64_t shared_bytes, void* s
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(current_cuda_device().shared_bytes)));
   });
-  kKernel<<<static_cast<unsigned>(blocks), kConvThreads, static_cast<size_t>(shared_bytes),
-            static_cast<cudaStream_t>(stream)>>>(body);
-  check_launch([&] {
-    return c10::str("in the kernel of ", c10::demangle_type<Body>(), ", ", blocks, " blocks of ",
-                    kConvThreads, " threads with ", shared_bytes, " bytes of shared memory");
-  });
+  launch("the kernel", kKernel, body,
+         {.blocks = blocks, .threads = kConvThreads, .shared_bytes = shared_bytes, .stream = stream});
 }
 
 inline int64_t bytes_of(Dtype dtype) {
@@ -290,7 +283,7 @@ std::optional<ConvWork> channels_work(const ConvView& v, int64_t columns, const 
   const int64_t bytes = bytes_of(c.dtype);
   const auto fit = fit_channels<W>(v, bytes, 8 * columns, device);
   if (!fit) return std::nullopt;
-  const int64_t k = ceil_to(v.in_channels, kStepBytes / bytes) * v.kernel[0] * v.kernel[1];
+  const int64_t k = round_up(v.in_channels, kStepBytes / bytes) * v.kernel[0] * v.kernel[1];
   return ConvWork{fit->tiling.blocks, block_macs<W>(columns) * static_cast<double>(k)};
 }
 
@@ -300,7 +293,7 @@ inline bool turnable(const CudaConv& c) {
 
 // What every kernel of this family asks of a problem.
 inline bool acceptable(const CudaConv& c, MathMode math_mode) {
-  return c.math_mode == products && c.dtype != Dtype::float64 && c.p.conv.groups == 1 &&
+  return c.math_mode == math_mode && c.dtype != Dtype::float64 && c.p.conv.groups == 1 &&
          c.p.pool.channels_last && window_side(c.p.pool) != 0;
 }
 

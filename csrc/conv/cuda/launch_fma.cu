@@ -34,7 +34,7 @@ std::optional<FmaFit> fit_fma(const ConvView& v, const CudaDevice& device) {
   for (const int64_t blocks : {2, 1}) {
     for (int64_t asked = std::min<int64_t>(t.taps(), kMostTaps); asked >= 1; --asked) {
       const int64_t stages = (t.taps() + asked - 1) / asked, per_stage = (t.taps() + stages - 1) / stages;
-      const int64_t weights_at = ceil_to(static_cast<int64_t>(t.taps()) * W::width * 4, 128);
+      const int64_t weights_at = round_up(static_cast<int64_t>(t.taps()) * W::width * 4, 128);
       const int64_t patch_at = weights_at + per_stage * 8 * kColumns * kChunkBytes;
       const int64_t bytes = patch_at + static_cast<int64_t>(t.patch_pixels()) * kChunkBytes;
       if (bytes > device.shared_bytes / blocks - 1024) continue;

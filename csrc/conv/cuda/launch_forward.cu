@@ -71,15 +71,15 @@ std::optional<FirstFit> search_first(const ConvView& v, int64_t element_bytes, i
     const int64_t k = static_cast<int64_t>(t.taps()) * layout.words();
     if (k > 1024) return std::nullopt;
     layout.steps = static_cast<int32_t>((k + kStepWords - 1) / kStepWords);
-    layout.weights_at = static_cast<int32_t>(ceil_to(layout.steps * kStepWords * W::width * 4, 128));
+    layout.weights_at = static_cast<int32_t>(round_up(layout.steps * kStepWords * W::width * 4, 128));
     layout.patch_at = static_cast<int32_t>(
-        ceil_to(layout.weights_at + channels_per_block * layout.weight_pitch() * 4, 128));
+        round_up(layout.weights_at + channels_per_block * layout.weight_pitch() * 4, 128));
     layout.by_filter = FastDivmod<uint32_t>(static_cast<uint32_t>(t.taps() * t.in_channels));
     layout.by_channels = FastDivmod<uint32_t>(static_cast<uint32_t>(t.in_channels));
     const int32_t shortest = t.row_pitch;
     for (t.row_pitch = shortest; t.row_pitch < shortest + 32; ++t.row_pitch) {
       const int64_t bytes =
-          ceil_to(layout.patch_at + static_cast<int64_t>(t.patch_pixels()) * layout.words() * 4, 16);
+          round_up(layout.patch_at + static_cast<int64_t>(t.patch_pixels()) * layout.words() * 4, 16);
       if (bytes > device.shared_bytes - 1024) break;
       const int found = conflicts<W>(t, layout);
       if (best && found >= best_conflicts) continue;

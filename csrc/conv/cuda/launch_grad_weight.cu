@@ -12,7 +12,7 @@
 #include <cuda_runtime.h>
 
 #include "conv/cuda/kernel_grad_weight.cuh"
-#include "core/launch_check.h"
+#include "core/launch.cuh"
 #include "pool/cuda/kernel_channel_sums.cuh"
 
 namespace dlfast {
@@ -62,13 +62,9 @@ void allow_shared_memory() {
 }
 
 template <typename Body>
-void launch(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
-  conv_grad_weight_kernel<Body><<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes),
-                                  static_cast<cudaStream_t>(stream)>>>(body);
-  check_launch([&] {
-    return c10::str("in the kernel of ", c10::demangle_type<Body>(), ", ", blocks, " blocks of ", kThreads,
-                    " threads with ", shared_bytes, " bytes of shared memory");
-  });
+void launch_body(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
+  launch("conv_grad_weight_kernel", conv_grad_weight_kernel<Body>, body,
+         {.blocks = blocks, .threads = kThreads, .shared_bytes = shared_bytes, .stream = stream});
 }
 
 // As op.cpp hands it over.
@@ -102,7 +98,7 @@ void run(const Call& call) {
       p.outputs % N == 0 && aligned_to(16, call.grad_y) && aligned_to(winner_mask_bytes, call.winner_mask);
   p.packs_of_channels = p.channels % N == 0 && aligned_to(16, call.input);
   allow_shared_memory<PartialSums<MathMode>>();
-  launch(body, call.plan.blocks(), call.plan.shared_bytes, call.stream);
+  launch_body(body, call.plan.blocks(), call.plan.shared_bytes, call.stream);
 
   const SumOfSplits<T> sum{.count = p.columns() * p.outputs,
                            .second_count = call.grad_bias == nullptr ? 0 : p.outputs,
@@ -111,7 +107,7 @@ void run(const Call& call) {
                            .partial = call.workspace,
                            .result = static_cast<T*>(call.grad_weight),
                            .second = static_cast<T*>(call.grad_bias)};
-  launch(sum, sum.blocks(), kThreads * static_cast<int64_t>(sizeof(float)), call.stream);
+  launch_body(sum, sum.blocks(), kThreads * static_cast<int64_t>(sizeof(float)), call.stream);
 }
 
 template <typename T>

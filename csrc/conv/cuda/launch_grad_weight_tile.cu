@@ -1,5 +1,6 @@
 // plan_of(): host code alone.
 #include "conv/cuda/launch_grad_weight.h"
+#include "core/math.h"
 
 #include <algorithm>
 #include <numeric>
@@ -8,14 +9,6 @@
 
 namespace dlfast::grad_weight {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return ceil_div(n, multiple) * multiple;
-}
 
 // The least number from n on that is `remainder` modulo `modulus`.
 constexpr int64_t congruent(int64_t n, int64_t remainder, int64_t modulus) {

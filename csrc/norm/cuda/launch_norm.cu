@@ -5,7 +5,7 @@
 #include <c10/util/Type.h>
 #include <cuda_runtime.h>
 
-#include "core/launch_check.h"
+#include "core/launch.cuh"
 #include "norm/cuda/kernel_norm.cuh"
 #include "norm/cuda/launch_norm_sums.h"
 #include "norm/kernels.h"
@@ -45,12 +45,8 @@ struct Start {
 
   template <typename Body>
   void operator()(const Body& body, int64_t blocks, int64_t shared_bytes) const {
-    norm_kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes),
-                  static_cast<cudaStream_t>(stream)>>>(body);
-    check_launch([&] {
-      return c10::str("in norm_kernel<", c10::demangle_type<Body>(), ">, ", blocks, " blocks of ", kThreads,
-                      " threads with ", shared_bytes, " bytes of shared memory");
-    });
+    launch("norm_kernel", norm_kernel<Body>, body,
+           {.blocks = blocks, .threads = kThreads, .shared_bytes = shared_bytes, .stream = stream});
   }
 };
 

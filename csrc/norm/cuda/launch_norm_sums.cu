@@ -7,7 +7,7 @@
 #include <c10/util/Type.h>
 #include <cuda_runtime.h>
 
-#include "core/launch_check.h"
+#include "core/launch.cuh"
 #include "norm/cuda/kernel_norm_sums.cuh"
 #include "norm/cuda/launch_norm_sums.h"
 #include "pool/cuda/launch_channel_sums.cuh"
@@ -34,12 +34,8 @@ struct Start {
 
   template <typename Body>
   void operator()(const Body& body, int64_t blocks) const {
-    norm_sums_kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(Body::kShared),
-                       static_cast<cudaStream_t>(stream)>>>(body);
-    check_launch([&] {
-      return c10::str("in norm_sums_kernel<", c10::demangle_type<Body>(), ">, ", blocks, " blocks of ",
-                      kThreads, " threads");
-    });
+    launch("norm_sums_kernel", norm_sums_kernel<Body>, body,
+           {.blocks = blocks, .threads = kThreads, .shared_bytes = Body::kShared, .stream = stream});
   }
 };
 
@@ -158,13 +154,11 @@ void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, cons
 template <typename Vectors>
 void norm_vectors_cuda(const Vectors& vectors, void* stream) {
   using namespace norm_sums;
-  const int64_t blocks = ceil_div(vectors.channels, kThreads);
-  norm_vectors_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      vectors);
-  check_launch([&] {
-    return c10::str("in norm_vectors_kernel<", c10::demangle_type<Vectors>(), "> for ", vectors.channels,
-                    " channels");
-  });
+  launch("norm_vectors_kernel", norm_vectors_kernel<Vectors>, vectors,
+         {.blocks = ceil_div(vectors.channels, kThreads),
+          .threads = kThreads,
+          .shared_bytes = 0,
+          .stream = stream});
 }
 
 template void norm_vectors_cuda(const TransformVectors<float>&, void*);

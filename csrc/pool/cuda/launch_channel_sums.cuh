@@ -6,14 +6,11 @@
 
 #include <c10/util/Exception.h>
 
+#include "core/math.h"
 #include "pool/cuda/kernel_channel_sums.cuh"
 #include "pool/params.h"
 
 namespace dlfast::channel_sums {
-
-constexpr int64_t ceil_divided(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 constexpr int64_t kLeastRows = 64;  // of a split
 constexpr int64_t kPiece = 4096;    // elements, at least
@@ -41,15 +38,14 @@ struct Extent {
     TORCH_CHECK(in_rows() || outer <= kMostPieces, "the CUDA kernels take at most ", kMostPieces,
                 " images, got ", outer);
     int64_t size = kPiece;
-    while (!in_rows() && outer * ceil_divided(inner, size) > kMostPieces) size *= 2;
+    while (!in_rows() && outer * ceil_div(inner, size) > kMostPieces) size *= 2;
     return size;
   }
-  int64_t pieces() const { return ceil_divided(inner, piece()); }
+  int64_t pieces() const { return ceil_div(inner, piece()); }
   // Bounded from above, in whatever packs the channels come.
   int64_t splits() const {
-    const int64_t units =
-        in_rows() ? ceil_divided(outer, kLeastRows) : ceil_divided(outer * pieces(), kWarps);
-    const int64_t groups = in_rows() ? ceil_divided(channels, 256) : channels;
+    const int64_t units = in_rows() ? ceil_div(outer, kLeastRows) : ceil_div(outer * pieces(), kWarps);
+    const int64_t groups = in_rows() ? ceil_div(channels, 256) : channels;
     return std::clamp<int64_t>(blocks.all / groups, 1, std::clamp<int64_t>(units, 1, blocks.most_splits));
   }
 };
@@ -62,7 +58,7 @@ void walk(const Extent& s, const Elements& elements, void* workspace, Start star
   if (s.in_rows()) {
     int32_t packs = 1;
     while (packs < 32 && int64_t{packs} * N < s.channels) packs *= 2;
-    const int64_t groups = ceil_divided(s.channels, int64_t{packs} * N);
+    const int64_t groups = ceil_div(s.channels, int64_t{packs} * N);
     const OverRows<Elements, N> body{.elements = elements,
                                      .rows = s.outer,
                                      .channels = s.channels,
@@ -79,7 +75,7 @@ void walk(const Extent& s, const Elements& elements, void* workspace, Start star
                                        .channels = static_cast<uint32_t>(s.channels),
                                        .pieces = static_cast<uint32_t>(s.pieces()),
                                        .all = static_cast<uint32_t>(all),
-                                       .per_split = static_cast<uint32_t>(ceil_divided(all, splits)),
+                                       .per_split = static_cast<uint32_t>(ceil_div(all, splits)),
                                        .partial = partial};
     start(body, s.channels * splits);
   }

@@ -9,7 +9,7 @@
 #include <c10/util/Type.h>
 #include <cuda_runtime.h>
 
-#include "core/launch_check.h"
+#include "core/launch.cuh"
 #include "pool/cuda/launch_channel_sums.cuh"
 #include "pool/kernels.h"
 
@@ -34,12 +34,8 @@ struct Start {
 
   template <typename Body>
   void operator()(const Body& body, int64_t blocks) const {
-    channel_sums_kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(Body::kShared),
-                          static_cast<cudaStream_t>(stream)>>>(body);
-    check_launch([&] {
-      return c10::str("in the kernel of ", c10::demangle_type<Body>(), ", ", blocks, " blocks of ", kThreads,
-                      " threads");
-    });
+    launch("channel_sums_kernel", channel_sums_kernel<Body>, body,
+           {.blocks = blocks, .threads = kThreads, .shared_bytes = Body::kShared, .stream = stream});
   }
 };
 
@@ -48,7 +44,7 @@ Extent extent_of(const ReluPoolParams& p) {
   return {p, p.pool == Pool::avg ? p.input_size : p.output_size, {.all = 1024, .most_splits = 512}};
 }
 
-WinnerMask code_of(const ReluPoolParams& p) {
+WinnerMask what_mask_says(const ReluPoolParams& p) {
   return p.pool == Pool::max                ? (p.wide_winner_mask() ? WinnerMask::wide : WinnerMask::narrow)
          : p.pool == Pool::avg              ? WinnerMask::none
          : p.activation == Activation::relu ? WinnerMask::y
@@ -65,7 +61,7 @@ void run(const ReluPoolParams& p, const void* grad, const void* winner_mask, voi
   constexpr int N = kPackSize<T>;
   const Extent s = extent_of(p);
   const Passing<T> elements{
-      .kind = code_of(p), .grad = static_cast<const T*>(grad), .winner_mask = winner_mask};
+      .kind = what_mask_says(p), .grad = static_cast<const T*>(grad), .winner_mask = winner_mask};
   const size_t winner_mask_bytes = elements.kind == WinnerMask::narrow ? N : 16;
   const Start start{stream};
   if (s.along() % N == 0 && aligned_to(16, grad) && aligned_to(winner_mask_bytes, winner_mask)) {

@@ -9,7 +9,7 @@
 #include <c10/util/Type.h>
 #include <cuda_runtime.h>
 
-#include "core/launch_check.h"
+#include "core/launch.cuh"
 #include "pool/cuda/kernel_relu_pool_backward.cuh"
 #include "pool/cuda/launch_relu_pool.cuh"
 #include "pool/kernels.h"
@@ -33,25 +33,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   body.run({.block = blockIdx.x, .index = threadIdx.x}, shared);
 }
 
-struct Launch {
-  int64_t blocks;
-  int64_t shared_bytes;
-  void* stream;
-};
-
 template <typename Body>
-void launch(const Body& body, Launch how) {
-  relu_pool_kernel<<<static_cast<unsigned>(how.blocks), kThreads, static_cast<size_t>(how.shared_bytes),
-                     static_cast<cudaStream_t>(how.stream)>>>(body);
-  check_launch([&] {
-    return c10::str("in relu_pool_kernel<", c10::demangle_type<Body>(), ">, ", how.blocks, " blocks of ",
-                    kThreads, " threads with ", how.shared_bytes, " bytes of shared memory");
-  });
+void launch_body(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream) {
+  launch("relu_pool_kernel", relu_pool_kernel<Body>, body,
+         {.blocks = blocks, .threads = kThreads, .shared_bytes = shared_bytes, .stream = stream});
 }
 
 template <typename Body>
 void launch_items(const Body& body, int64_t items, void* stream) {
-  launch(body, {.blocks = ceil_div(items, kThreads), .shared_bytes = 0, .stream = stream});
+  launch_body(body, ceil_div(items, kThreads), 0, stream);
 }
 
 template <typename T, int N, Pool kPool, typename Index>
@@ -97,7 +87,7 @@ bool backward_staged(const ReluPoolParams& p, const T* grad_y, const void* winne
                                       .grad_y = grad_y,
                                       .winner_mask = winner_mask,
                                       .grad_z = grad_z};
-  launch(body, {.blocks = t.blocks(planes), .shared_bytes = bytes, .stream = stream});
+  launch_body(body, t.blocks(planes), bytes, stream);
   return true;
 }
 
@@ -162,7 +152,7 @@ void backward_elementwise(const ReluPoolParams& p, const T* from, const void* y,
 void forward(const ReluPoolParams& p, Dtype dtype, const void* z, const void* bias, void* y,
              void* winner_mask, void* stream) {
   const auto start = [stream](const auto& body, int64_t blocks, int64_t shared_bytes) {
-    launch(body, {.blocks = blocks, .shared_bytes = shared_bytes, .stream = stream});
+    launch_body(body, blocks, shared_bytes, stream);
   };
   launch_for(p, dtype, [&](auto zero) {
     using T = decltype(zero);

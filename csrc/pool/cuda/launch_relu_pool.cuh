@@ -11,14 +11,11 @@
 #include <c10/util/StringUtil.h>
 
 #include "core/launch_check.h"
+#include "core/math.h"
 #include "pool/cuda/kernel_relu_pool_forward.cuh"
 #include "pool/kernels.h"
 
 namespace dlfast {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 template <typename Start, typename Body>
 void start_items(Start start, const Body& body, int64_t items) {
@@ -101,10 +98,6 @@ Tiling tile(int64_t planes, int64_t written_rows, Staged staged) {
   const int64_t tiles = ceil_div(written_rows, rows);
   rows = ceil_div(written_rows, tiles);
   return {.tiles_per_plane = ceil_div(written_rows, rows), .rows_per_tile = rows, .planes_per_tile = 1};
-}
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return ceil_div(n, multiple) * multiple;
 }
 
 template <typename Index>

@@ -80,7 +80,7 @@ def runs_on(device: torch.device) -> bool:
 
     For a GPU that the build has no code for it warns once, and says how to build for it.
     """
-    if device.type != "cuda" or device.type not in NATIVE_DEVICES:
+    if device.type != "cuda" or not NATIVE_DEVICES:
         return device.type in NATIVE_DEVICES
     has_code: bool = _gpu_has_code(torch.cuda.current_device() if device.index is None else device.index)
     return has_code
@@ -101,8 +101,9 @@ def _look_for_code(index: int) -> bool:
     if code_for(capability, code) is not None:
         return True
     version = ".".join(map(str, capability))
+    held = f"holds CUDA code for {', '.join(code)}, none of which runs on" if code else "holds no CUDA code for"
     warnings.warn(
-        f"dlfast: this build holds CUDA code for {', '.join(code) or 'no architecture'}, none of which runs on "
+        f"dlfast: this build {held} "
         f"{torch.cuda.get_device_name(index)} (compute capability {version}); using plain PyTorch there instead. "
         f"To build for it: TORCH_CUDA_ARCH_LIST={version} {REBUILD}",
         RuntimeWarning,

@@ -34,7 +34,7 @@ def facts() -> dict[str, str]:
         "native operators": "loaded" if native.module is not None else f"not loaded: {native.reason}",
         "compiled backends": _backends(build),
         "built for torch": str(build.get("torch_version", "not built")),
-        "CUDA architectures": str(build.get("cuda_archs") or "none"),
+        "CUDA architectures": str(build.get("cuda_archs") or f"none ({build.get('cuda_why', 'not built')})"),
         "SIMD level": native.module.simd_level() if native.module is not None else "none (plain PyTorch)",
         "planned for": _planned_for(),
         "PyTorch's SIMD level": torch.backends.cpu.get_cpu_capability(),

@@ -16,9 +16,10 @@ ALLOWED = {
     "nn": {"_native", "functional", "reference"},
     "optim": {"_native", "reference"},
     "models": {"functional", "nn"},
-    "plan": {"_native", "functional", "nn"},
-    "fusion": {"_native", "functional", "nn", "plan"},
-    "explain": {"fusion", "nn", "plan"},
+    "ran": {"_native"},
+    "choice": {"_native", "functional", "nn", "ran"},
+    "fusion": {"_native", "choice", "functional", "nn", "ran"},
+    "explain": {"choice", "fusion", "nn", "ran"},
     "dlfast": {"explain", "functional", "fusion", "models", "nn", "optim", "reference"},
     "info": {"_native", "dlfast"},
     "__main__": {"app"},
@@ -28,8 +29,8 @@ PARTS = {*ALLOWED, "app"}
 
 def part_of(module: str) -> str:
     """
-    >>> part_of("dlfast.nn.conv"), part_of("dlfast.plan"), part_of("dlfast")
-    ('nn', 'plan', 'dlfast')
+    >>> part_of("dlfast.nn.conv"), part_of("dlfast.choice"), part_of("dlfast")
+    ('nn', 'choice', 'dlfast')
     """
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "dlfast"

@@ -38,7 +38,7 @@ enum class Master : uint8_t { none, low_half, full };
 
 constexpr int kMaxStates = 3;
 constexpr int kCodeBlock = 256;
-// Numbers of the longest group (AdamGroup of step.h).
+// Numbers of the longest Group among the rules of step.h.
 constexpr int kMaxHyper = 8;
 
 DLFAST_HOST_DEVICE int64_t code_blocks(int64_t numel) {

@@ -45,7 +45,7 @@ def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
 class Fold:
     """The folded tensors of one convolution and its normalisation: made when needed, kept while they are true.
 
-    They are true of exactly these tensors at exactly these versions, which ``csrc/bn_relu_pool/tensors_state.h``
+    They are true of exactly these tensors at exactly these versions, which ``csrc/norm/tensors_state.h``
     proves. What is written through ``.data`` counts no version: on the CPU all vectors, weights of up to 64 KiB and a
     sample of larger ones are compared as well. On other devices that would wait for the device in every layer; there,
     and for what a sample may miss, :meth:`drop` is called by ``train()`` and ``eval()``.

@@ -69,6 +69,16 @@ def test_a_gpu_without_code_is_named_once_with_the_way_to_build(build_for_newer)
     assert _native.runs_on(torch.device("cpu"))
 
 
+def test_a_build_without_cuda_code_says_so_where_there_is_a_gpu(build_for_newer, monkeypatch):
+    build = {**_native.native.build, "cuda": False, "cuda_code": []}
+    monkeypatch.setattr(_native, "native", _native.Native(_native.native.module, "", build))
+    monkeypatch.setattr(_native, "NATIVE_DEVICES", frozenset({"cpu", "meta"}))
+    with pytest.warns(RuntimeWarning, match="holds no CUDA code for Old GPU") as caught:
+        assert [_native.runs_on(torch.device("cuda", 0)) for _ in range(3)] == [False] * 3
+    (warning,) = caught
+    assert "TORCH_CUDA_ARCH_LIST=7.5 pip install" in str(warning.message)
+
+
 @pytest.mark.cuda
 @built_for_cuda
 def test_a_gpu_without_code_runs_plain_pytorch(build_for_newer):

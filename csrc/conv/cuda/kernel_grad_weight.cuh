@@ -1,5 +1,5 @@
 // Device bodies of conv_grad_weight(): partial sums of grad_weight and grad_bias, which
-// SumOfSplits of kernel_channel_sums.cuh adds up. No Torch, no launch. kernel_conv_grad_weight_tile.cuh tells
+// SumOfSplits of kernel_channel_sums.cuh adds up. No Torch, no launch. kernel_grad_weight_tile.cuh tells
 // how a block works.
 #pragma once
 
@@ -8,10 +8,10 @@
 namespace dlfast::grad_weight {
 
 // partial [splits][K kh kw C + K]: what each split of the tiles adds to grad_weight and grad_bias.
-template <typename MathMode>
+template <typename Products>
 struct PartialSums {
-  using T = typename MathMode::T;
-  using Loader = typename MathMode::Loader;
+  using T = typename Products::T;
+  using Loader = typename Products::Loader;
   Params p;
   const T* input;           // [N, H, W, C]
   const T* grad_y;          // [N, PH, PW, K]
@@ -32,7 +32,7 @@ struct PartialSums {
     };
 
     const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
-    MathMode math_mode(p, WarpRole(p, thread), columns);
+    Products products(p, WarpRole(p, thread), columns);
     GradientLoader<T> gradient(grad_y, winner_mask, thread);
     Loader patch(p, input, thread);
     const auto* pixels = reinterpret_cast<const PixelEntry*>(shared + p.at_pixels);
@@ -74,7 +74,7 @@ struct PartialSums {
 
  private:
   // Sums of this block to memory.
-  DLFAST_DEVICE void finish(const Share& share, MathMode& products, unsigned char* shared,
+  DLFAST_DEVICE void finish(const Share& share, Products& products, unsigned char* shared,
                             int32_t thread) const {
     const WarpRole role(p, thread);
     const auto* columns = reinterpret_cast<const ColumnEntry*>(shared + p.at_columns);
@@ -113,28 +113,28 @@ struct PartialSums {
   }
 
   // Adds up what warps of the same rows and columns have, halving their number, into the first.
-  DLFAST_DEVICE void sum_over_warps(MathMode& products, float* exchange, int32_t thread) const {
+  DLFAST_DEVICE void sum_over_warps(Products& products, float* exchange, int32_t thread) const {
     for (int32_t half = p.warps_pixels / 2; half > 0; half /= 2) {
       const int32_t threads = kThreads / p.warps_pixels * half;
       if (thread >= threads && thread < 2 * threads) {
 #pragma unroll
-        for (int i = 0; i < MathMode::kSums; ++i) exchange[i * threads + thread - threads] = products.sum(i);
+        for (int i = 0; i < Products::kSums; ++i) exchange[i * threads + thread - threads] = products.sum(i);
       }
       __syncthreads();
       if (thread < threads) {
 #pragma unroll
-        for (int i = 0; i < MathMode::kSums; ++i) products.sum(i) += exchange[i * threads + thread];
+        for (int i = 0; i < Products::kSums; ++i) products.sum(i) += exchange[i * threads + thread];
       }
       __syncthreads();
     }
   }
 
-  DLFAST_DEVICE void store(const Share& share, const WarpRole& role, MathMode& products,
+  DLFAST_DEVICE void store(const Share& share, const WarpRole& role, Products& products,
                            const ColumnEntry* columns, float* target) const {
-    const int32_t first_output = share.first_output + role.outputs * MathMode::kOutputs;
-    const ColumnEntry* first_column = columns + role.columns * MathMode::kColumns;
+    const int32_t first_output = share.first_output + role.outputs * Products::kOutputs;
+    const ColumnEntry* first_column = columns + role.columns * Products::kColumns;
 #pragma unroll
-    for (int i = 0; i < MathMode::kSums; ++i) {
+    for (int i = 0; i < Products::kSums; ++i) {
       const int32_t output = first_output + products.row(i, role.lane);
       const int32_t column = first_column[products.column(i, role.lane)].target;
       if (output < p.outputs && column != kNone) target[output * p.columns() + column] = products.sum(i);

@@ -1,4 +1,4 @@
-// conv_grad_weight(): launches of the kernels in kernel_conv_grad_weight.cuh.
+// conv_grad_weight(): launches of the kernels in kernel_grad_weight.cuh.
 #include "conv/cuda/launch_grad_weight.h"
 
 #include <array>
@@ -23,8 +23,8 @@ using channel_sums::SumOfSplits;
 
 template <typename Body>
 constexpr int kBlocksPerSm = 1;
-template <typename MathMode>
-constexpr int kBlocksPerSm<PartialSums<MathMode>> = 2;  // as far as registers go; shared memory may allow one
+template <typename Products>
+constexpr int kBlocksPerSm<PartialSums<Products>> = 2;  // as far as registers go; shared memory may allow one
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 // For these architectures ptxas takes a few registers more, and spills where two blocks must fit.
 template <>
@@ -83,11 +83,11 @@ bool aligned_to(size_t bytes, const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-template <typename MathMode>
+template <typename Products>
 void run(const Call& call) {
-  using T = typename MathMode::T;
+  using T = typename Products::T;
   constexpr int N = kPackSize<T>;
-  PartialSums<MathMode> body{.p = call.plan.p,
+  PartialSums<Products> body{.p = call.plan.p,
                              .input = static_cast<const T*>(call.input),
                              .grad_y = static_cast<const T*>(call.grad_y),
                              .winner_mask = call.winner_mask,
@@ -97,7 +97,7 @@ void run(const Call& call) {
   p.packs_of_outputs =
       p.outputs % N == 0 && aligned_to(16, call.grad_y) && aligned_to(winner_mask_bytes, call.winner_mask);
   p.packs_of_channels = p.channels % N == 0 && aligned_to(16, call.input);
-  allow_shared_memory<PartialSums<MathMode>>();
+  allow_shared_memory<PartialSums<Products>>();
   launch_body(body, call.plan.blocks(), call.plan.shared_bytes, call.stream);
 
   const SumOfSplits<T> sum{.count = p.columns() * p.outputs,

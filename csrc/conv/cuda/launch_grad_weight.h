@@ -8,7 +8,7 @@
 
 namespace dlfast::grad_weight {
 
-// Which body multiplies, see kernel_conv_grad_weight_products.cuh.
+// Which body multiplies, see kernel_grad_weight_products.cuh.
 enum class Kind { tensor_slots, tensor_planes, tensor_planes_narrow, fma_slots, fma_planes };
 
 struct Plan {

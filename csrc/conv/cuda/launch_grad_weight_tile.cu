@@ -35,14 +35,14 @@ struct WarpShape {
 
 // Two warps on each of four tensor cores, which need 8 cycles for an mma; fused multiply-adds of a warp
 // need 2.
-template <typename MathMode>
+template <typename Products>
 WarpShape tensor_warp() {
-  return {MathMode::kOutputs, MathMode::kColumns, MathMode::kSums, kStepPixels<typename MathMode::T>,
-          MathMode::kSums / 4 * 8.0 * 2.0};
+  return {Products::kOutputs, Products::kColumns, Products::kSums, kStepPixels<typename Products::T>,
+          Products::kSums / 4 * 8.0 * 2.0};
 }
-template <typename MathMode>
+template <typename Products>
 WarpShape fma_warp() {
-  return {MathMode::kOutputs, MathMode::kColumns, MathMode::kSums, 1, MathMode::kSums * 2.0 * 2.0};
+  return {Products::kOutputs, Products::kColumns, Products::kSums, 1, Products::kSums * 2.0 * 2.0};
 }
 
 template <typename T>

@@ -71,6 +71,16 @@ def load() -> Native:
     return Native(None, reason, build)
 
 
+def warn_of_old_names() -> None:
+    """Variables of the environment that have another name now; the old ones go with the next release."""
+    for old, now in (("DLFAST_PLAN", "DLFAST_ALGORITHM"), ("DLFAST_PRODUCTS", "DLFAST_MATH_MODE")):
+        if old in os.environ:
+            warnings.warn(f"dlfast: {old} is deprecated: set {now} instead", FutureWarning, stacklevel=3)
+    if "epilogue" in (os.environ.get("DLFAST_PLAN"), os.environ.get("DLFAST_ALGORITHM")):
+        warnings.warn("dlfast: the algorithm 'epilogue' is called 'pytorch' now", FutureWarning, stacklevel=3)
+
+
+warn_of_old_names()
 native = load()
 NATIVE_DEVICES = native.device_types
 

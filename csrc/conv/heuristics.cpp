@@ -6,7 +6,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 
 #include "conv/cpu_kind.h"
@@ -23,10 +22,6 @@ namespace {
 
 constexpr std::string_view kForced[] = {"direct", "masked", "winograd2", "winograd4", "pytorch", "single"};
 
-void warn_once(std::atomic<bool>& warned, const char* old, const char* now) {
-  if (!warned.exchange(true)) TORCH_WARN_DEPRECATION(old, " is deprecated: say ", now, " instead");
-}
-
 }  // namespace
 
 // direct, winograd2 or winograd4 takes our kernels wherever they accept the problem, even where they are
@@ -34,18 +29,10 @@ void warn_once(std::atomic<bool>& warned, const char* old, const char* now) {
 // masked kernel where that accepts it; single does the same on CUDA; pytorch never takes them. What is for
 // the other device leaves this one its own choice.
 std::string_view forced_algorithm() {
-  static std::atomic<bool> old_variable = false, old_name = false;
   const char* asked = std::getenv("DLFAST_ALGORITHM");
-  if (asked == nullptr) {
-    asked = std::getenv("DLFAST_PLAN");
-    if (asked == nullptr) return "";
-    warn_once(old_variable, "DLFAST_PLAN", "DLFAST_ALGORITHM");
-  }
-  std::string_view forced = asked;
-  if (forced == "epilogue") {
-    warn_once(old_name, "the algorithm epilogue", "pytorch");
-    forced = "pytorch";
-  }
+  if (asked == nullptr) asked = std::getenv("DLFAST_PLAN");  // the old names: dlfast/_native.py warns of them
+  std::string_view forced = asked == nullptr ? "" : asked;
+  if (forced == "epilogue") forced = "pytorch";
   TORCH_CHECK_VALUE(
       forced == "" || std::find(std::begin(kForced), std::end(kForced), forced) != std::end(kForced),
       "DLFAST_ALGORITHM must be direct, masked, winograd2, winograd4, pytorch or single, got ", forced);

@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -79,11 +78,9 @@ auto described(const char* part, const CudaConv& c) {
 
 MathMode cuda_math_mode(Dtype dtype, const CudaDevice& device) {
   // fma does without tensor cores, as devices before sm_80 do; for tests.
-  static std::atomic<bool> warned = false;
   const char* asked = std::getenv("DLFAST_MATH_MODE");
-  if (asked == nullptr && (asked = std::getenv("DLFAST_PRODUCTS")) != nullptr && !warned.exchange(true)) {
-    TORCH_WARN_DEPRECATION("DLFAST_PRODUCTS is deprecated: say DLFAST_MATH_MODE instead");
-  }
+  if (asked == nullptr)
+    asked = std::getenv("DLFAST_PRODUCTS");  // the old name: dlfast/_native.py warns of it
   const std::string_view forced = asked == nullptr ? "" : asked;
   TORCH_CHECK_VALUE(forced == "" || forced == "fma", "DLFAST_MATH_MODE must be fma or unset, got ", forced);
   if (dtype == Dtype::float64 || device.code_arch < 80 || forced == "fma") return MathMode::fma;

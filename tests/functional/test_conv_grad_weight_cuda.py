@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlfast._native import native
 from dlfast.ran import watch
 from tests.functional import cases
 from tests.functional.cases import Case

@@ -66,9 +66,7 @@ def test_a_planted_violation_is_caught(path, planted, said):
     assert said in found[0]
 
 
-LAUNCHES = [
-    (path, number) for path, text in SOURCES.items() for number in range(text.count("<<<"))
-]
+LAUNCHES = [(path, number) for path, text in SOURCES.items() for number in range(text.count("<<<"))]
 
 
 @pytest.mark.parametrize(("path", "number"), LAUNCHES, ids=str)

@@ -3,7 +3,7 @@
 // A chunk of kChunkBytes of every pixel of the patch is in shared memory once and serves all taps; the
 // weights of those channels stream through stages of a few taps each. Copies run kStages - 1 stages ahead.
 //
-// Shared memory holds rows of kPieces pieces (see kernel_conv_source.cuh): pixels of the patch, and output
+// Shared memory holds rows of kPieces pieces (see kernel_source.cuh): pixels of the patch, and output
 // channels of the weights.
 #pragma once
 

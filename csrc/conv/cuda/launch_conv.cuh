@@ -223,7 +223,7 @@ void with_window(const ReluPoolParams& p, Visit visit) {
   }
 }
 
-// Calls visit(source) for the gradient of a block's convolution output; winner mask as in conv_cuda.h.
+// Calls visit(source) for the gradient of a block's convolution output; winner mask as in kernels.h.
 template <typename Sink, typename Visit>
 void with_gradient_source(const CudaConv& c, const typename Sink::T* grad_y, const void* winner_mask,
                           Visit visit) {

@@ -1,4 +1,4 @@
-// conv_forward_fma() and conv_grad_input_fma(): launches of the kernel in kernel_conv_fma.cuh.
+// conv_forward_fma() and conv_grad_input_fma(): launches of the kernel in kernel_fma.cuh.
 #include <c10/util/Exception.h>
 
 #include "conv/cuda/kernel_fma.cuh"

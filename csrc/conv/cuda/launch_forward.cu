@@ -1,4 +1,4 @@
-// conv_forward(): launches of the kernels in kernel_conv_channels.cuh and kernel_conv_first.cuh.
+// conv_forward(): launches of the kernels in kernel_channels.cuh and kernel_first.cuh.
 #include <set>
 
 #include <c10/util/Exception.h>

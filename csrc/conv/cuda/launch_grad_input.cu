@@ -1,5 +1,5 @@
 // conv_grad_input(): the gradient of the input is a convolution of the gradient of the output, which
-// kernel_conv_channels.cuh computes with a source that expands the pooled gradient on the way.
+// kernel_channels.cuh computes with a source that expands the pooled gradient on the way.
 #include <c10/util/Exception.h>
 
 #include "conv/cuda/launch_conv.cuh"

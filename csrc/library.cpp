@@ -139,8 +139,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "simd_level", [] { return std::string(dlfast::simd_name(dlfast::simd_level())); },
       "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
   m.def(
-      "planned_cpu", [] { return std::string(dlfast::planned_cpu().name); },
-      "The kind of CPU that blocks are planned for, as DLFAST_CPU_KIND names it; '' for this machine's own");
+      "assumed_cpu", [] { return std::string(dlfast::assumed_cpu().name); },
+      "The kind of CPU that algorithms are chosen for, as DLFAST_CPU_KIND names it; '' for this machine's own");
   bind_reports(m);
   m.def(
       "ran",

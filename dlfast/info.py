@@ -54,7 +54,7 @@ def _backends(build: dict[str, object]) -> str:
 
 
 def _planned_for() -> str:
-    kind = native.module.planned_cpu() if native.module is not None else ""
+    kind = native.module.assumed_cpu() if native.module is not None else ""
     return f"{kind}, by DLFAST_CPU_KIND" if kind else "this CPU"
 
 

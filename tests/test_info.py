@@ -33,7 +33,7 @@ def test_what_was_built_is_told(monkeypatch):
             return "avx2"
 
         @staticmethod
-        def planned_cpu():
+        def assumed_cpu():
             return "zen4"
 
     build = {

@@ -32,14 +32,14 @@ int64_t forward_grain(const ConvBlockParams& p, double floats_per_conv_row, int6
   return (grain + rows - 1) / rows * rows;
 }
 
-int64_t grad_weight_grain(const ConvBlockParams& p, GradWeightKernel way, int64_t threads) {
+int64_t grad_weight_grain(const ConvBlockParams& p, GradWeightKernel kernel, int64_t threads) {
   const int64_t pooled = std::min(p.pool.output_size[1], kGradWeightCols);
   const double cols = static_cast<double>(
       std::min((pooled - 1) * p.pool.window.stride[1] + p.pool.window.size[1], p.pool.input_size[1]));
   const double row = padded_length(p.conv, 1, cols) * p.conv.stride[0], channels = p.conv.group_in();
   // What the taps stream over: all channels, or a register of them.
-  const double streamed = way == GradWeightKernel::channels ? conv_cpu().lanes : channels;
-  const double near = way == GradWeightKernel::channels ? kStreamedFloats : kStreamedFloats / 2;
+  const double streamed = kernel == GradWeightKernel::channels ? conv_cpu().lanes : channels;
+  const double near = kernel == GradWeightKernel::channels ? kStreamedFloats : kStreamedFloats / 2;
   // The rows of the first position under a kernel, and what its lists take, come before all others.
   const double all = channels + static_cast<double>(conv_cpu().lanes);
   const double first = padded_length(p.conv, 0, 1.0) * padded_length(p.conv, 1, cols) * all;

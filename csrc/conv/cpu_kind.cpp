@@ -59,7 +59,7 @@ double CpuKind::products_of_16_bits(Dtype dtype) const {
   return dtype == Dtype::bfloat16 ? bfloat16 : dtype == Dtype::float16 ? float16 : 0.0;
 }
 
-CpuKind planned_cpu() {
+CpuKind assumed_cpu() {
   static const CpuKind mine = this_cpu();
   const char* asked = std::getenv("DLFAST_CPU_KIND");
   if (asked == nullptr || *asked == '\0') return mine;

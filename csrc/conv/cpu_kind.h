@@ -1,5 +1,5 @@
-// Which CPU the plans are made for: this one, or the kind that DLFAST_CPU_KIND names, so that a test sees on
-// any machine what another chooses. What runs is this machine's kernels all the same.
+// Which CPU algorithms are chosen for: this one, or the kind that DLFAST_CPU_KIND names, so that a test sees
+// on any machine what another chooses. What runs is this machine's kernels all the same.
 #pragma once
 
 #include "core/dtype.h"
@@ -24,6 +24,6 @@ struct CpuKind {
 };
 
 // The environment is looked at in every call.
-CpuKind planned_cpu();
+CpuKind assumed_cpu();
 
 }  // namespace dlfast

@@ -68,7 +68,7 @@ Context context_of(const Tensor& input, Dtype dtype, bool save_winner_mask, Mask
                   .device = nullptr,
                   .math_mode = MathMode::fma,
                   .mask = mask};
-  if (context.cpu) context.flops = planned_cpu().nominal_flops() * static_cast<double>(context.threads);
+  if (context.cpu) context.flops = assumed_cpu().nominal_flops() * static_cast<double>(context.threads);
 #ifdef DLFAST_WITH_CUDA
   if (input.is_cuda() && input.numel() > 0) {
     context.device = &current_cuda_device();

@@ -19,7 +19,7 @@ constexpr double kPyTorchFewChannels = 0.25;  // the same with fewer than kFew i
 constexpr int64_t kFew = 8;
 constexpr double kPyTorch16BitSpeed = 0.15;  // without instructions for them
 constexpr double kDirectSpeed = 0.75;
-constexpr double kPackFlops = 20.0;           // per weight, to lay it out for the direct way
+constexpr double kPackFlops = 20.0;           // per weight, to lay it out for the direct kernel
 constexpr double kWinogradSpeed = 0.62;       // of its matrix products
 constexpr double kWinogradPackFlops = 75.0;   // per element of a transformed weight
 constexpr double kTransformFlops = 24.0;      // per element of a transformed tile, in or out
@@ -53,7 +53,7 @@ double round_up(double n, double multiple) {
 
 // What the costs are made of: the CPU, and sizes in elements.
 struct Sizes {
-  CpuKind cpu = planned_cpu();
+  CpuKind cpu = assumed_cpu();
   double input, weight, z, y;
   double element;  // bytes
   double lanes;
@@ -200,7 +200,7 @@ void add_depthwise(Candidates& candidates, const ConvBlockParams& p, const Conte
   candidates.add_slower(own, gain == 0.0 ? 1.0 : 1.0 / gain);
 }
 
-// What grad_weight and grad_input have in common; PyTorch's way is among `ways` already.
+// What grad_weight and grad_input have in common; PyTorch's kernels are among the candidates already.
 struct Backward {
   std::string_view forced = forced_on_cpu();
   Sizes s;

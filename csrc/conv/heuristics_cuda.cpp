@@ -120,7 +120,7 @@ class Candidates {
     }
   }
 
-  // Among the ways of the operator: PyTorch's kernels one by one are for its caller to run.
+  // Among the algorithms of the operator: PyTorch's kernels one by one are for its caller to run.
   Choice choose(std::string_view forced) {
     const int pytorch = find(Algorithm::pytorch), single = find(Algorithm::single);
     choice_.best = pytorch;
@@ -201,7 +201,7 @@ void add_grad_weight(const Problem& q, Candidates& candidates) {
   }
 }
 
-// What each way of one gradient costs beside the fastest way of the other. Both dense ones share an
+// What each algorithm of one gradient costs beside the fastest of the other. Both dense ones share an
 // expansion, which counts with grad_input where that one is dense; so the chosen parts add up to the whole.
 void measured_backward(const BackwardSeconds& s, bool needs_input, Part part, Candidates& candidates) {
   const auto cost = [&](bool dense_input, bool dense_weight) {

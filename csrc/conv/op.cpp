@@ -134,7 +134,7 @@ struct Backward : Problem {
     return nothing(input);
 #endif
   }
-  // Those that `mask` asks for still, in the dense way.
+  // Those that `mask` asks for still, by PyTorch's kernels.
   Gradients complete(Gradients found, Mask mask) const {
     if (!mask[0] && !mask[1] && !mask[2]) return found;
     Tensor grad_z;

@@ -97,7 +97,7 @@ SparseGradient sparse_gradient(const ReluPoolParams& p, Dtype dtype, const Tenso
   return result;
 }
 
-// grad_weight and grad_bias by our kernels; false where they are to be had in the dense way only.
+// grad_weight and grad_bias by our kernels; false where they are to be had from PyTorch's kernels only.
 bool own_grad_weight(ConvBlockParams p, Dtype dtype, Algorithm algorithm, const SparseGradient& gradient,
                      const Tensor& input, Tensor& grad_weight, Tensor& grad_bias) {
   const ConvKernels& kernels = conv_cpu();
@@ -106,7 +106,7 @@ bool own_grad_weight(ConvBlockParams p, Dtype dtype, Algorithm algorithm, const 
                                   : algorithm == Algorithm::rows ? GradWeightKernel::rows
                                                                  : GradWeightKernel::channels;
   // Positions that no window covers get no gradient, and PyTorch's products of 0 and infinity or NaN are made
-  // by the dense way only. The sum of what is not finite is not.
+  // by PyTorch's kernels only. The sum of what is not finite is not.
   if (!windows_cover(p.pool) && !std::isfinite(at::sum(input, at::kFloat).item<float>())) return false;
   p.grain = grad_weight_grain(p, kernel, threads);
   const Tensor workspace = floats(input, kernels.grad_weight_workspace(p, kernel, threads));

@@ -21,7 +21,7 @@ namespace {
 using MaybeTensor = std::optional<at::Tensor>;
 
 // StepMemory of one device, as Python fills it; see launch.h. squares is float64 with one element for each
-// plan on the device; other devices' sums may be appended before the update.
+// step on the device; other devices' sums may be appended before the update.
 struct DLFAST_HIDDEN DeviceMemory {
   MaybeTensor grad_scale, found_inf, arrived, hyper, squares, random_steps, last_norm, norm, skipped;
 };

@@ -1,4 +1,4 @@
-// What the machine can do: the two lines of the roofline that plans are explained with.
+// What the machine can do: the two lines of the roofline that choices are explained with.
 #pragma once
 
 namespace dlfast {

@@ -34,7 +34,7 @@ def fuse(model: M, example_inputs: Any = None, *, inplace: bool = False, verbose
 
     Args:
         model: any module, in training or in evaluation mode.
-        example_inputs: a tensor, or a tuple of what `model` is called with. With it each chain is planned for
+        example_inputs: a tensor, or a tuple of what `model` is called with. With it algorithms are chosen for
             its size, and adaptive poolings may be fused.
         inplace: change `model` itself. Otherwise the result is a copy that shares all parameters and buffers
             with `model`, so that either may be trained.
@@ -145,7 +145,7 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
 
 
 def look(model: nn.Module, inputs: tuple[Any, ...] | None) -> Survey:
-    """The survey of `model`, planned for `inputs` where there are any."""
+    """The survey of `model`, with the algorithms for `inputs` where there are any."""
     return survey(model, None if inputs is None or unfit(model) else shapes_of(model, inputs))
 
 

@@ -15,7 +15,7 @@ from dlfast.nn.conv import ConvReLUPool2d, convolve
 from dlfast.nn.folding import Fold
 from dlfast.nn.leaf import as_leaf
 
-# Nothing after the convolution itself, whose way the planner chooses all the same.
+# Nothing after the convolution itself, whose algorithm is chosen all the same.
 CONVOLUTION = Window(activation=None, pool=None)
 
 Self = TypeVar("Self", bound="ConvBNReLUPool2d")

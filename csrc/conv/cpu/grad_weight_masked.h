@@ -181,13 +181,13 @@ struct MaskedPacking {
   }
 };
 
-int64_t grad_weight_workspace(const ConvBlockParams& p, GradWeightKernel way, int64_t threads) {
-  return threads * (way == GradWeightKernel::masked ? slot_floats(MaskedPacking(p))
-                    : way == GradWeightKernel::rows ? slot_floats(RowPacking(p))
-                                                    : slot_floats(ChannelPacking(p)));
+int64_t grad_weight_workspace(const ConvBlockParams& p, GradWeightKernel kernel, int64_t threads) {
+  return threads * (kernel == GradWeightKernel::masked ? slot_floats(MaskedPacking(p))
+                    : kernel == GradWeightKernel::rows ? slot_floats(RowPacking(p))
+                                                       : slot_floats(ChannelPacking(p)));
 }
 
-bool grad_weight(const ConvBlockParams& p, GradWeightKernel way, Dtype dtype, const void* input,
+bool grad_weight(const ConvBlockParams& p, GradWeightKernel kernel, Dtype dtype, const void* input,
                  const void* grad_y, const uint8_t* winner_mask, void* grad_weight, void* grad_bias,
                  float* workspace) {
   return dispatch_block(dtype, [&](auto scalar) {
@@ -197,8 +197,8 @@ bool grad_weight(const ConvBlockParams& p, GradWeightKernel way, Dtype dtype, co
                               winner_mask, static_cast<T*>(grad_weight), static_cast<T*>(grad_bias),
                               workspace);
     };
-    if (way == GradWeightKernel::masked) return with(MaskedPacking(p));
-    return way == GradWeightKernel::rows ? with(RowPacking(p)) : with(ChannelPacking(p));
+    if (kernel == GradWeightKernel::masked) return with(MaskedPacking(p));
+    return kernel == GradWeightKernel::rows ? with(RowPacking(p)) : with(ChannelPacking(p));
   });
 }
 

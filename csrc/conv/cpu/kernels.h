@@ -28,7 +28,7 @@ enum class GradWeightKernel {
 struct ConvKernels {
   // weight as `steps` say, bias [K] or null, y and winner mask as in relu_pool.h (winner mask may be null).
   // workspace holds forward_workspace(p, dtype, threads) floats. False, and the result unusable, where
-  // Winograd's sums are not finite, be it that the true ones are or not; never false for the direct way.
+  // Winograd's sums are not finite, be it that the true ones are or not; never false for the direct kernel.
   bool (*forward)(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype, const void* input,
                   const void* weight, const void* bias, void* y, uint8_t* winner_mask, float* workspace);
   int64_t (*forward_workspace)(const ConvBlockParams& p, Dtype dtype, int64_t threads);
@@ -41,10 +41,10 @@ struct ConvKernels {
   // is NaN.
 
   // grad_weight like weight, grad_bias [K].
-  bool (*grad_weight)(const ConvBlockParams& p, GradWeightKernel way, Dtype dtype, const void* input,
+  bool (*grad_weight)(const ConvBlockParams& p, GradWeightKernel kernel, Dtype dtype, const void* input,
                       const void* grad_y, const uint8_t* winner_mask, void* grad_weight, void* grad_bias,
                       float* workspace);
-  int64_t (*grad_weight_workspace)(const ConvBlockParams& p, GradWeightKernel way, int64_t threads);
+  int64_t (*grad_weight_workspace)(const ConvBlockParams& p, GradWeightKernel kernel, int64_t threads);
   int64_t most_row_taps;  // kh * kw * C / groups that `rows` accepts
 
   // The same by Winograd's method where nothing was pooled, p.winograd being 4. Work is cut into bands. Of
@@ -65,10 +65,10 @@ struct ConvKernels {
   int64_t (*grad_input_workspace)(const ConvBlockParams& p, int64_t threads);
 
   // A depthwise convolution (depthwise_fits), ReLU or nothing after it. grad_z is channels_last and already
-  // zero where ReLU passes nothing; every product is made, so that infinities and NaN need no other way.
-  // y and grad_input are in the layout of the pool; grad_bias may be null. The forward and grad_input need
-  // depthwise_workspace floats for as many `threads` as they are told; grad_weight needs the same for any
-  // number.
+  // zero where ReLU passes nothing; every product is made, so that infinities and NaN need no other
+  // algorithm. y and grad_input are in the layout of the pool; grad_bias may be null. The forward and
+  // grad_input need depthwise_workspace floats for as many `threads` as they are told; grad_weight needs the
+  // same for any number.
   void (*depthwise_forward)(const ConvBlockParams& p, const WeightSteps& steps, Dtype dtype,
                             const void* input, const void* weight, const void* bias, void* y,
                             float* workspace, int64_t threads);
@@ -161,14 +161,14 @@ inline bool whole_windows_of_four(const ReluPoolParams& pool) {
   return pool.window_positions() == 4 && inside(0) && inside(1);
 }
 
-inline bool grad_weight_fits(const ConvBlockParams& p, GradWeightKernel way, Dtype dtype,
+inline bool grad_weight_fits(const ConvBlockParams& p, GradWeightKernel kernel, Dtype dtype,
                              const ConvKernels& kernels) {
   const int64_t taps = p.conv.positions() * p.conv.group_in();
-  const bool accepted = way == GradWeightKernel::channels || taps <= kernels.most_row_taps;
+  const bool accepted = kernel == GradWeightKernel::channels || taps <= kernels.most_row_taps;
   const bool windows =
-      way != GradWeightKernel::masked || p.pool.pool == Pool::none || whole_windows_of_four(p.pool);
+      kernel != GradWeightKernel::masked || p.pool.pool == Pool::none || whole_windows_of_four(p.pool);
   return block_fits(p, dtype) && p.pool.pool != Pool::avg && accepted && windows &&
-         smallest_band_fits(p, way == GradWeightKernel::masked ? 0.0 : 2.0 * p.conv.group_out());
+         smallest_band_fits(p, kernel == GradWeightKernel::masked ? 0.0 : 2.0 * p.conv.group_out());
 }
 
 // What grad_input takes for so many input rows, at most: lists for the convolution rows that reach them, and

@@ -237,7 +237,7 @@ void multiply_block(const float* transformed, const float* weight, int64_t chann
 
 // The tiles [first, first + count) of a band back from products [side * side][plane / kBlock][kBlock] to the
 // strip z; false where a number of it is not finite: an infinity or a NaN spreads over its whole tile here,
-// beyond the outputs that it would reach in the direct way.
+// beyond the outputs that it would reach directly.
 template <int M, int VECTORS>
 bool transform_output(const Bands& bands, const float* products, const float* bias, int64_t first,
                       int64_t count, int64_t plane, float* z) {

@@ -1,4 +1,4 @@
-// How the single-kernel path cuts a convolution into tiles: what a block computes and what it holds in shared
+// How the single kernels cuts a convolution into tiles: what a block computes and what it holds in shared
 // memory. Host and device; no Torch.
 //
 // A block computes some channels of a tile of windows. A window is a pooling window of the convolution output

@@ -105,7 +105,7 @@ struct ConvFirst {
     }
     finish.template run<W>(t, site, site.window[0] + row, site.window[1] + column, lane, acc);
 #else
-    __trap();  // the planner goes by what the code was compiled for
+    __trap();  // the heuristics go by what the code was compiled for
 #endif
   }
 

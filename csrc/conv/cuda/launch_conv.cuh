@@ -1,4 +1,4 @@
-// What the launches of the single-kernel path share: cutting a convolution into tiles, choosing what shared
+// What the launches of the single kernels share: cutting a convolution into tiles, choosing what shared
 // memory holds, and launching.
 #pragma once
 

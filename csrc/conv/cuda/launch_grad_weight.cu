@@ -69,7 +69,7 @@ void launch_body(const Body& body, int64_t blocks, int64_t shared_bytes, void* s
 
 // As op.cpp hands it over.
 struct Call {
-  Plan plan;
+  Tiling tiling;
   const void* input;
   const void* grad_y;
   const void* winner_mask;
@@ -87,7 +87,7 @@ template <typename Products>
 void run(const Call& call) {
   using T = typename Products::T;
   constexpr int N = kPackSize<T>;
-  PartialSums<Products> body{.p = call.plan.p,
+  PartialSums<Products> body{.p = call.tiling.p,
                              .input = static_cast<const T*>(call.input),
                              .grad_y = static_cast<const T*>(call.grad_y),
                              .winner_mask = call.winner_mask,
@@ -98,11 +98,11 @@ void run(const Call& call) {
       p.outputs % N == 0 && aligned_to(16, call.grad_y) && aligned_to(winner_mask_bytes, call.winner_mask);
   p.packs_of_channels = p.channels % N == 0 && aligned_to(16, call.input);
   allow_shared_memory<PartialSums<Products>>();
-  launch_body(body, call.plan.blocks(), call.plan.shared_bytes, call.stream);
+  launch_body(body, call.tiling.blocks(), call.tiling.shared_bytes, call.stream);
 
   const SumOfSplits<T> sum{.count = p.columns() * p.outputs,
                            .second_count = call.grad_bias == nullptr ? 0 : p.outputs,
-                           .pitch = call.plan.split_pitch(),
+                           .pitch = call.tiling.split_pitch(),
                            .splits = p.splits,
                            .partial = call.workspace,
                            .result = static_cast<T*>(call.grad_weight),
@@ -112,7 +112,7 @@ void run(const Call& call) {
 
 template <typename T>
 void run_kind(const Call& call) {
-  switch (call.plan.kind) {
+  switch (call.tiling.kind) {
     case Kind::tensor_slots:
       return run<TensorSlots<T>>(call);
     case Kind::tensor_planes:
@@ -130,19 +130,19 @@ void run_kind(const Call& call) {
 }  // namespace grad_weight
 
 bool conv_grad_weight_fits(const CudaConv& c, const CudaDevice& device) {
-  return c.p.pool.channels_last && grad_weight::plan_of(c, device).has_value();
+  return c.p.pool.channels_last && grad_weight::tiling_of(c, device).has_value();
 }
 
 int64_t conv_grad_weight_workspace(const CudaConv& c, const CudaDevice& device) {
-  const auto plan = grad_weight::plan_of(c, device);
-  return plan ? plan->p.splits * plan->split_pitch() : 0;
+  const auto tiling = grad_weight::tiling_of(c, device);
+  return tiling ? tiling->p.splits * tiling->split_pitch() : 0;
 }
 
 void conv_grad_weight(const CudaConv& c, const void* input, const void* grad_y, const void* winner_mask,
                       void* grad_weight, void* grad_bias, float* workspace, void* stream) {
-  const auto plan = grad_weight::plan_of(c, current_cuda_device());
-  TORCH_CHECK(plan, "conv_grad_weight was asked for a problem that it does not take");
-  const grad_weight::Call call{.plan = *plan,
+  const auto tiling = grad_weight::tiling_of(c, current_cuda_device());
+  TORCH_CHECK(tiling, "conv_grad_weight was asked for a problem that it does not take");
+  const grad_weight::Call call{.tiling = *tiling,
                                .input = input,
                                .grad_y = grad_y,
                                .winner_mask = winner_mask,

@@ -11,7 +11,7 @@ namespace dlfast::grad_weight {
 // Which body multiplies, see kernel_grad_weight_products.cuh.
 enum class Kind { tensor_slots, tensor_planes, tensor_planes_narrow, fma_slots, fma_planes };
 
-struct Plan {
+struct Tiling {
   Kind kind;
   Params p;
   int64_t shared_bytes;
@@ -21,6 +21,6 @@ struct Plan {
 };
 
 // Nothing where no way is known.
-std::optional<Plan> plan_of(const CudaConv& c, const CudaDevice& device);
+std::optional<Tiling> tiling_of(const CudaConv& c, const CudaDevice& device);
 
 }  // namespace dlfast::grad_weight

@@ -1,4 +1,4 @@
-// plan_of(): host code alone.
+// tiling_of(): host code alone.
 #include "conv/cuda/launch_grad_weight.h"
 #include "core/math.h"
 
@@ -84,9 +84,9 @@ bool accepts(const CudaConv& c) {
          (int64_t{1} << 30);
 }
 
-class Planner {
+class TilingSearch {
  public:
-  Planner(const CudaConv& c, const CudaDevice& device)
+  TilingSearch(const CudaConv& c, const CudaDevice& device)
       : c_(c),
         device_(device),
         element_(c.dtype == Dtype::float32 ? 4 : 2),
@@ -95,7 +95,7 @@ class Planner {
         // Shapes depend on the size of the type alone.
         warp_(element_ == 4 ? shape_of<float>(kind_) : shape_of<__half>(kind_)) {}
 
-  std::optional<Plan> best() {
+  std::optional<Tiling> best() {
     for (int64_t limit = 256 / element_; limit >= 16 && !best_; limit /= 2) {
       if (planes_) {
         by_tiles(with_planes(problem()), limit);
@@ -226,7 +226,7 @@ class Planner {
     const int64_t wanted = kBlocksPerProcessor * device_.processors;
     p.splits = static_cast<int32_t>(
         std::clamp<int64_t>(wanted / (int64_t{p.blocks_outputs} * p.blocks_columns), 1, tiles));
-    best_ = Plan{.kind = kind_, .p = p, .shared_bytes = shared};
+    best_ = Tiling{.kind = kind_, .p = p, .shared_bytes = shared};
     best_cost_ = cost;
   }
 
@@ -319,16 +319,16 @@ class Planner {
   const Kind kind_;
   const bool planes_;
   const WarpShape warp_;
-  std::optional<Plan> best_;
+  std::optional<Tiling> best_;
   double best_cost_ = 0;
 };
 
 }  // namespace
 
-std::optional<Plan> plan_of(const CudaConv& c, const CudaDevice& device) {
-  static Memo<std::optional<Plan>> memo;
+std::optional<Tiling> tiling_of(const CudaConv& c, const CudaDevice& device) {
+  static Memo<std::optional<Tiling>> memo;
   if (!accepts(c)) return std::nullopt;
-  return memo.get(memo_key(c, device), [&] { return Planner(c, device).best(); });
+  return memo.get(memo_key(c, device), [&] { return TilingSearch(c, device).best(); });
 }
 
 }  // namespace dlfast::grad_weight

@@ -1,4 +1,4 @@
-// grad_bias of the epilogue path on CUDA: launches of the kernels in kernel_channel_sums.cuh.
+// grad_bias beside PyTorch's gradients on CUDA: launches of the kernels in kernel_channel_sums.cuh.
 //
 // A pass of its own rather than a part of the one that expands the gradient: that one is there in a dozen
 // shapes, of which several see a pooled element more than once, while this reads each once, 3 bytes of it in

@@ -17,7 +17,7 @@ import dlfast
 
 CHANNELS = (16, 64, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What each part of a block is computed by, under the plan of its name.
+# What each part of a block is computed by, under the algorithm of its name.
 WAYS = {
     "forward": ("direct", "winograd2", "winograd4"),
     "grad_input": ("direct", "winograd4"),

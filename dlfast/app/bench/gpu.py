@@ -1,6 +1,6 @@
 """``dlfast bench gpu``: blocks and optimizer steps on a GPU against PyTorch at its best there.
 
-Blocks run in channels_last under each plan of dlfast, and in PyTorch with ``torch.backends.cudnn.benchmark`` and with
+Blocks run in channels_last under each algorithm of dlfast, and in PyTorch with ``torch.backends.cudnn.benchmark`` and with
 ``torch.compile(mode="max-autotune")``; optimizer steps against torch's fused ones, and against Apex's and those of
 other libraries where they are installed.
 """
@@ -19,8 +19,8 @@ import dlfast
 from dlfast.app.bench import layers, optim, peers, problems, traffic
 from dlfast.app.bench.problems import Call, Problem, Variant
 
-# Beside the plan that dlfast makes itself.
-PLANS = ("pytorch", "single")
+# Beside what dlfast chooses itself.
+FORCED = ("pytorch", "single")
 # (network, layer) of traffic.layers, and whether torch.compile is tried: max-autotune takes half a minute for each.
 BLOCKS = {
     ("mnistnet", "conv1"): True,
@@ -37,7 +37,7 @@ CALLS = 10  # between two looks at the clock: one alone would be measured with i
 
 
 @contextmanager
-def plan(name: str | None) -> Iterator[None]:
+def forced(name: str | None) -> Iterator[None]:
     """Blocks called inside go the way of that name; None leaves it to dlfast."""
     before = os.environ.pop("DLFAST_ALGORITHM", None)
     if name is not None:
@@ -83,7 +83,7 @@ def block_problem(layer: traffic.Layer, dtype: torch.dtype, device: str, compile
     item = dtype.itemsize
     problem.moved = {"forward": traffic.compulsory(layer, item)}
     _add(problem, "dlfast", ours, conv, x, grad)
-    for name in PLANS:
+    for name in FORCED:
         if name == "single" and not layer.has_single_kernel():
             continue
         _add(problem, f"dlfast {name}", ours, conv, x, grad, name)
@@ -98,14 +98,14 @@ def _add(
     way: str | None = None,
 ) -> None:  # fmt: skip
     def forward() -> None:
-        with plan(way), torch.no_grad():
+        with forced(way), torch.no_grad():
             run(x)
 
     def both() -> None:
         x.grad = None
         for parameter in conv.parameters():
             parameter.grad = None
-        with plan(way):
+        with forced(way):
             run(x).backward(grad)  # type: ignore[no-untyped-call]
 
     calls: dict[str, Call] = {"forward": forward, "forward + backward": both}

@@ -1,7 +1,7 @@
 """``dlfast bench gpu``: blocks and optimizer steps on a GPU against PyTorch at its best there.
 
-Blocks run in channels_last under each algorithm of dlfast, and in PyTorch with ``torch.backends.cudnn.benchmark`` and with
-``torch.compile(mode="max-autotune")``; optimizer steps against torch's fused ones, and against Apex's and those of
+Blocks run in channels_last by each algorithm of dlfast, and in PyTorch with ``torch.backends.cudnn.benchmark`` and
+with ``torch.compile(mode="max-autotune")``; optimizer steps against torch's fused ones, and against Apex's and those of
 other libraries where they are installed.
 """
 

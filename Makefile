@@ -1,7 +1,7 @@
 # The verbs people type. `make test` and `make demo` make the environment first, where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc' 2>/dev/null)
 
 .PHONY: env demo test test-all bench gpu-check lint format clean
 

@@ -141,3 +141,13 @@ def test_a_state_dict_after_a_skipped_first_step_leaves_the_buffers():
     assert torch.equal(p, before - 1)  # undamped: the first step
     assert opt.state[p]["momentum_buffer"] is buffer
     assert torch.equal(opt.state_dict()["state"][0]["momentum_buffer"], torch.ones_like(p))
+
+
+@pytest.mark.gpu_only
+def test_first_step_under_capture_is_refused():
+    p = nn.Parameter(torch.ones(5, device="cuda"))
+    p.grad = torch.ones_like(p)
+    opt = dlfast.optim.Adam([p])
+    with pytest.raises(RuntimeError, match="take a step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.step()
+    assert torch.equal(p.detach().cpu(), torch.ones(5))

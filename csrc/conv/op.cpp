@@ -53,7 +53,7 @@ using Forward = std::tuple<Tensor, Tensor>;  // output, winner_mask
 Forward pytorch_on_cpu(const Problem& q, const OptionalTensor& bias, bool save_winner_mask) {
   const Tensor z = q.convolve(bias);
   if (q.p.pool.pool != Pool::none || z.numel() == 0) {
-    return relu_pool2d(z, std::nullopt, q.options.pool, save_winner_mask);
+    return relu_pool2d_in(q.p.pool.channels_last, z, std::nullopt, q.options.pool, save_winner_mask);
   }
   // Nobody else sees z, so that ReLU needs no second tensor.
   if (q.p.pool.activation == Activation::relu) {
@@ -88,7 +88,8 @@ Forward conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Option
   // cuDNN's convolution takes a pass of its own for the bias, which ours saves.
   const auto pytorch = [&] {
     return input.is_cpu() ? pytorch_on_cpu(q, bias, save_winner_mask)
-                          : relu_pool2d(q.convolve(std::nullopt), bias, options.pool, save_winner_mask);
+                          : relu_pool2d_in(q.p.pool.channels_last, q.convolve(std::nullopt), bias,
+                                           options.pool, save_winner_mask);
   };
 #ifdef DLFAST_WITH_CUDA
   if (context.device != nullptr) {

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <vector>
 
 #include "core/ran.h"
 #ifdef DLFAST_WITH_CUDA
@@ -40,12 +41,22 @@ Tensor nothing(const Tensor& like) {
   return at::empty({0}, like.options());
 }
 
+namespace {
+
+// Of the winner mask of an average: its bits are in the memory order of z, which its shape tells.
+std::vector<int64_t> mask_sizes(const ReluPoolParams& p) {
+  const int64_t bytes = (p.input_numel() + 7) / 8;
+  return p.channels_last ? std::vector<int64_t>{bytes, 1} : std::vector<int64_t>{bytes};
+}
+
+}  // namespace
+
 Tensor empty_winner_mask(const ReluPoolParams& p, const Tensor& like, bool save_winner_mask) {
   if (save_winner_mask && p.pool == Pool::max) {
     return empty_output(p, like, p.wide_winner_mask() ? at::kInt : at::kByte);
   }
   if (save_winner_mask && p.pool == Pool::avg && p.activation == Activation::relu) {
-    return at::empty({(p.input_numel() + 7) / 8}, like.options().dtype(at::kByte));
+    return at::empty(mask_sizes(p), like.options().dtype(at::kByte));
   }
   return at::empty({0}, like.options().dtype(at::kByte));
 }
@@ -76,7 +87,7 @@ Tensor check_winner_mask(const char* op, const ReluPoolParams& p, const Tensor& 
       if (p.activation == Activation::none) return nothing(like);
       TORCH_CHECK(winner_mask.scalar_type() == at::kByte, op, ": winner_mask must be uint8, got ",
                   winner_mask.scalar_type());
-      check_sizes(op, "winner_mask", winner_mask, {(p.input_numel() + 7) / 8});
+      check_sizes(op, "winner_mask", winner_mask, mask_sizes(p));
       return winner_mask.contiguous();
   }
   return winner_mask;
@@ -95,21 +106,22 @@ bool is_channels_last(const Tensor& tensor) {
   return tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
 }
 
-// The winner mask of these two tells the layout; without one the gradient does.
+// The winner mask tells the layout of z, by its strides or by its shape; without one the gradient does.
 bool channels_last_of(const Tensor& winner_mask, const Tensor& grad) {
-  return is_channels_last(winner_mask.dim() == 4 ? winner_mask : grad);
+  if (winner_mask.dim() == 4) return is_channels_last(winner_mask);
+  return winner_mask.numel() > 0 ? winner_mask.dim() == 2 : is_channels_last(grad);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> relu_pool2d(const Tensor& input, const OptionalTensor& bias,
-                                       const PoolOptions& options, bool save_winner_mask) {
+std::tuple<Tensor, Tensor> relu_pool2d_in(bool channels_last, const Tensor& input, const OptionalTensor& bias,
+                                          const PoolOptions& options, bool save_winner_mask) {
   constexpr const char* op = "relu_pool2d";
   TORCH_CHECK(input.dim() == 4, op, ": input must have shape [N, C, H, W], got ", input.sizes());
   const Dtype dtype = check_dtype(op, "input", input);
   check_alike(op, "input", input, "input", input);
   check_bias(op, bias, input.size(1), input);
-  const ReluPoolParams p = params_of(op, options, input.sizes(), is_channels_last(input));
+  const ReluPoolParams p = params_of(op, options, input.sizes(), channels_last);
 
   const c10::OptionalDeviceGuard guard(input.device());
   const Tensor z = input.contiguous(format_of(p));
@@ -142,6 +154,11 @@ Tensor expand_gradient(const ReluPoolParams& p, Dtype dtype, const Tensor& grad_
 }
 
 namespace {
+
+std::tuple<Tensor, Tensor> relu_pool2d(const Tensor& input, const OptionalTensor& bias,
+                                       const PoolOptions& options, bool save_winner_mask) {
+  return relu_pool2d_in(is_channels_last(input), input, bias, options, save_winner_mask);
+}
 
 Tensor relu_pool2d_backward(const Tensor& grad_output, const Tensor& winner_mask, IntArrayRef input_size,
                             const PoolOptions& options) {

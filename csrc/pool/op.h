@@ -1,7 +1,8 @@
 // The pass of activation and pooling on tensors, for whoever has something before it: a convolution, a
 // normalisation. Arguments have been checked unless said.
 //
-// `winner_mask` is the winner mask of pool/params.h.
+// `winner_mask` is the winner mask of pool/params.h. That of an average has shape [bytes], or [bytes, 1]
+// where z is channels_last: its bits are in the memory order of z.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,9 +29,11 @@ void* winner_mask_pointer(const at::Tensor& winner_mask);
 at::Tensor check_winner_mask(const char* op, const ReluPoolParams& p, const at::Tensor& winner_mask,
                              const at::Tensor& like);
 
-// The operator _relu_pool2d; checks its arguments.
-std::tuple<at::Tensor, at::Tensor> relu_pool2d(const at::Tensor& input, const OptionalTensor& bias,
-                                               const PoolOptions& options, bool save_winner_mask);
+// The operator _relu_pool2d with its result in the layout that is asked for, since strides do not tell it
+// where a dimension has one element. Checks its arguments.
+std::tuple<at::Tensor, at::Tensor> relu_pool2d_in(bool channels_last, const at::Tensor& input,
+                                                  const OptionalTensor& bias, const PoolOptions& options,
+                                                  bool save_winner_mask);
 
 // The gradient of what was pooled, in the layout of p.
 at::Tensor expand_gradient(const ReluPoolParams& p, Dtype dtype, const at::Tensor& grad_output,

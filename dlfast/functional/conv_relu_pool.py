@@ -117,9 +117,13 @@ def _convolved(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> Tensor:  # fmt: skip
     z = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    # The operator answers in channels_last wherever an operand suggests it; not all of PyTorch's convolutions do.
+    return z.contiguous(memory_format=_answered_in(input, weight))
+
+
+def _answered_in(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The operator answers in channels_last wherever an operand suggests it; not all of PyTorch's convolutions do."""
     suggested = [torch._prims_common.suggest_memory_format(t) for t in (input, weight)]
-    return z.contiguous(memory_format=max(suggested, key=lambda format: format == torch.channels_last))
+    return max(suggested, key=lambda format: format == torch.channels_last)
 
 
 def _fake_forward(
@@ -129,8 +133,9 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = _convolved(input, weight, bias, stride, padding, dilation, groups)
     return fake_relu_pool2d(
-        z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_winner_mask
-    )
+        z, None, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, save_winner_mask,
+        _answered_in(input, weight),
+    )  # fmt: skip
 
 
 def _fake_backward(

@@ -64,26 +64,31 @@ def relu_pool2d(
 def fake_relu_pool2d(
     input: Tensor, bias: Tensor | None, activation: str | None, pool: str | None, pool_size: Sizes,
     pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, save_winner_mask: bool,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # The kernel works in one of two layouts, whatever the strides of the input.
-    input = input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+    memory_format = memory_format or torch._prims_common.suggest_memory_format(input)
+    input = input.contiguous(memory_format=memory_format)
     output = reference.relu_pool2d(
         input, activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,
         pool_padding=pool_padding, ceil_mode=ceil_mode,
     )  # fmt: skip
     if output is input:  # an operator never returns its argument
         output = torch.empty_like(input)
-    return output, _empty_winner_mask(output, input, activation, pool, pool_size, save_winner_mask)
+    return output, _empty_winner_mask(output, input, activation, pool, pool_size, save_winner_mask, memory_format)
 
 
-def _empty_winner_mask(output: Tensor, z: Tensor, activation: str | None, pool: str | None, pool_size: Sizes,
-                save_winner_mask: bool) -> Tensor:  # fmt: skip
-    """The winner mask that `csrc/pool/params.h` describes, for pooled `output` of convolution output `z`."""
+def _empty_winner_mask(
+    output: Tensor, z: Tensor, activation: str | None, pool: str | None, pool_size: Sizes, save_winner_mask: bool,
+    memory_format: torch.memory_format,
+) -> Tensor:  # fmt: skip
+    """The winner mask that `csrc/pool/op.h` describes, for pooled `output` of convolution output `z`."""
     if save_winner_mask and pool == "max":
         wide = pool_size[0] * pool_size[1] > 255
         return torch.empty_like(output, dtype=torch.int32 if wide else torch.uint8)
     if save_winner_mask and pool == "avg" and activation == "relu":
-        return output.new_empty([(z.numel() + 7) // 8], dtype=torch.uint8)
+        bytes = (z.numel() + 7) // 8
+        return output.new_empty([bytes, 1] if memory_format == torch.channels_last else [bytes], dtype=torch.uint8)
     return output.new_empty([0], dtype=torch.uint8)
 
 
@@ -91,21 +96,28 @@ def _fake_backward(
     grad_output: Tensor, winner_mask: Tensor, input_size: Sizes, activation: str | None, pool: str | None,
     pool_size: Sizes, pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool,
 ) -> Tensor:  # fmt: skip
-    like = winner_mask if winner_mask.dim() == 4 else grad_output
     shape = [*grad_output.shape[:2], *input_size]
-    return grad_output.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(like))
+    return grad_output.new_empty(shape).to(memory_format=_layout_of(winner_mask, grad_output))
+
+
+def _layout_of(winner_mask: Tensor, grad: Tensor) -> torch.memory_format:
+    """That of what was pooled: its winner mask tells, by its strides or its shape; without one the gradient does."""
+    if winner_mask.dim() == 2:
+        return torch.channels_last
+    if winner_mask.dim() == 1 and winner_mask.numel() > 0:
+        return torch.contiguous_format
+    return torch._prims_common.suggest_memory_format(winner_mask if winner_mask.dim() == 4 else grad)
 
 
 def _fake_transpose(
     grad_input: Tensor, winner_mask: Tensor, activation: str | None, pool: str | None, pool_size: Sizes,
     pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool,
 ) -> Tensor:  # fmt: skip
-    like = winner_mask if winner_mask.dim() == 4 else grad_input
     output = reference.relu_pool2d(
         grad_input, pool=pool, pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding,
         ceil_mode=ceil_mode,
     )  # fmt: skip
-    return torch.empty_like(output).to(memory_format=torch._prims_common.suggest_memory_format(like))
+    return torch.empty_like(output).to(memory_format=_layout_of(winner_mask, grad_input))
 
 
 if native.module is not None:

@@ -191,12 +191,12 @@ def test_several_calls_are_timed_as_one():
 
 
 def test_blocks_of_the_gpu_benchmark(monkeypatch):
-    """All but the device: every plan and PyTorch, the plan of the environment being as it was in between."""
+    """All but the device: every algorithm and PyTorch, that of the environment being as it was in between."""
     seen = []
     monkeypatch.setenv("DLFAST_ALGORITHM", "pytorch")
     layer = traffic.Layer("net", "conv", 2, 3, 8, 12)
     problem = gpu.block_problem(layer, torch.float32, "cpu", compile=False)
-    assert problem.variants_by_name() == ["dlfast", "dlfast epilogue", "dlfast single", "PyTorch"]
+    assert problem.variants_by_name() == ["dlfast", "dlfast pytorch", "dlfast single", "PyTorch"]
     assert [variant.ours for variant in problem.variants] == [True, True, True, False]
     assert problem.moved == {"forward": traffic.compulsory(layer, 4)}
     original = dlfast.nn.ConvReLUPool2d.forward

@@ -38,7 +38,7 @@ CALLS = 10  # between two looks at the clock: one alone would be measured with i
 
 @contextmanager
 def forced(name: str | None) -> Iterator[None]:
-    """Blocks called inside go the way of that name; None leaves it to dlfast."""
+    """Blocks called inside go by that algorithm; None leaves it to dlfast."""
     before = os.environ.pop("DLFAST_ALGORITHM", None)
     if name is not None:
         os.environ["DLFAST_ALGORITHM"] = name
@@ -95,17 +95,17 @@ def block_problem(layer: traffic.Layer, dtype: torch.dtype, device: str, compile
 
 def _add(
     problem: Problem, label: str, run: Callable[[Tensor], Tensor], conv: nn.Conv2d, x: Tensor, grad: Tensor,
-    way: str | None = None,
+    algorithm: str | None = None,
 ) -> None:  # fmt: skip
     def forward() -> None:
-        with forced(way), torch.no_grad():
+        with forced(algorithm), torch.no_grad():
             run(x)
 
     def both() -> None:
         x.grad = None
         for parameter in conv.parameters():
             parameter.grad = None
-        with forced(way):
+        with forced(algorithm):
             run(x).backward(grad)  # type: ignore[no-untyped-call]
 
     calls: dict[str, Call] = {"forward": forward, "forward + backward": both}

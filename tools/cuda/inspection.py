@@ -62,7 +62,7 @@ def compile_cubin(source: Path, arch: int) -> tuple[Path, str]:
     """The cubin of a file, and what ptxas said; from build/inspect where nothing it depends on has changed."""
     from torch.utils import cpp_extension
 
-    name = f"{source.parent.name}-{source.stem}-sm_{arch}"
+    name = "-".join([*source.relative_to(ROOT).parent.parts[1:], source.stem, f"sm_{arch}"])
     cubin, log, known, deps = (BUILD / f"{name}.{end}" for end in ("cubin", "log", "key", "d"))
     includes = [str(ROOT / "csrc"), *cuda_build.wheel_include_dirs()]
     command = [

@@ -140,7 +140,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "SIMD level of the CPU kernels in use: 'avx512', 'avx2' or 'default'");
   m.def(
       "assumed_cpu", [] { return std::string(dlfast::assumed_cpu().name); },
-      "The kind of CPU that algorithms are chosen for, as DLFAST_CPU_KIND names it; '' for this machine's own");
+      "The kind of CPU that algorithms are chosen for, as DLFAST_CPU_KIND names it; '' for this machine's "
+      "own");
   bind_reports(m);
   m.def(
       "ran",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import dlfast
 from dlfast import reference
+from tests.support.native import needs_native
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [(2, 3, 12, 13), (2, 8, 6, 6), (3, 1, 8, 8), (2, 5, 2, 2), (1, 4, 7, 9), (0, 3, 6, 6)]
@@ -55,6 +56,7 @@ def test_second_derivatives_of_a_block_in_any_layout(channels, pool, layout, gra
         torch.testing.assert_close(ours.detach(), plain.detach())
 
 
+@needs_native
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_compiled_average_has_the_mask_that_the_operator_gives(channels, layout):

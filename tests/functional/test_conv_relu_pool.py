@@ -87,6 +87,7 @@ def test_depthwise_in_16_bits(case, dtype, monkeypatch):
         assert_same_as_reference(case, [cases.in_layout(input, layout), *others])
 
 
+@needs_native  # of PyTorch's kernels it is not true
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", cases.DEPTHWISE, ids=str)
 def test_depthwise_has_the_same_bits_for_any_number_of_threads(case, layout, threads, monkeypatch):

@@ -8,16 +8,21 @@ CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'cs
 env: .venv/.installed
 
 # torch comes first and the package is built against it: with build isolation pip would fetch a second torch.
-.venv/.installed: pyproject.toml setup.py cuda_build.py $(CPP)
+.venv/.built: pyproject.toml setup.py cuda_build.py $(CPP)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dlfast needs Python 3.10 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
 	$(BIN)/pip install --quiet 'torch>=2.14' torchvision
-	$(BIN)/pip install --no-build-isolation --verbose -e '.[dev]' > .venv/build.log 2>&1 || { tail -n 50 .venv/build.log; exit 1; }
+	$(BIN)/pip install --no-build-isolation --verbose -e '.[train]' > .venv/build.log 2>&1 || { tail -n 50 .venv/build.log; exit 1; }
 	@grep -o 'dlfast: built for .*' .venv/build.log | tail -n 1
 	@touch $@
 
-demo: env
+# What tests and tools need beside the package, which is installed already and so is not built a second time.
+.venv/.installed: .venv/.built
+	$(BIN)/pip install --quiet 'dlfast[dev]'
+	@touch $@
+
+demo: .venv/.built
 	$(BIN)/dlfast demo
 
 test: env

@@ -54,7 +54,9 @@ def set_job_limit() -> None:
 
 
 def sources(*suffixes: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for s in suffixes for p in (ROOT / "csrc").rglob(f"*{s}"))
+    found = [p.relative_to(ROOT) for s in suffixes for p in (ROOT / "csrc").rglob(f"*{s}")]
+    # Those that take longest first, so that no core waits for the last of them.
+    return [str(p) for p in sorted(found, key=lambda p: ("simd" not in p.parts, p))]
 
 
 def native_extension(cuda: bool):

@@ -25,11 +25,11 @@ EDGES: dict[str, frozenset[str]] = {
     "conv": frozenset({"core", "pool"}),
     "optim": frozenset({"core"}),
     "simd": frozenset({"core", "pool", "norm", "conv", "optim"}),
-    "": frozenset({"core", "pool", "norm", "conv", "optim", "simd"}),  # library.cpp
+    "": frozenset({"core", "pool", "norm", "conv", "optim", "simd"}),  # library.cpp, python.cpp
 }
 
 STANDARD = r"[a-z_]+"  # <vector>, <cstdint>
-TORCH = r"(ATen|c10|torch)/.*"
+TORCH = r"(ATen|c10|torch|pybind11)/.*"
 CUDA = r"cuda_\w+\.h"
 
 
@@ -57,7 +57,7 @@ KINDS: dict[str, Kind] = {
     # What every body and operator may see: plain data, arithmetic, the vocabulary of vectors and packs.
     "portability": _kind(r"core/portability\.h", "", STANDARD, CUDA),
     "check": _kind(r"core/launch_check\.h", "", r"c10/cuda/CUDAException\.h", r"c10/util/Exception\.h"),
-    "torch": _kind(r"core/(checks|autograd|schema)\.h", "plain torch", STANDARD, TORCH),
+    "torch": _kind(r"core/(checks|gradients|node|operator|plain)\.h", "plain torch", STANDARD, TORCH),
     "prelude": _kind(r"core/cpu_prelude\.h", "plain", STANDARD, r"ATen/Parallel\.h", r"c10/util/(BFloat16|Half)\.h"),
     "vectors": _kind(r"core/(vec|low_precision|level|peak)\.h", "plain prelude vectors", STANDARD, r"immintrin\.h"),
     "plain": _kind(
@@ -76,7 +76,7 @@ KINDS: dict[str, Kind] = {
     ),
     # Operators: Torch, and never a body or a launch.
     "operator": _kind(
-        r"\w+/\w+\.(h|cpp)|library\.cpp", "plain portability torch operator check", STANDARD, TORCH, CUDA
+        r"\w+/\w+\.(h|cpp)|(library|python)\.cpp", "plain portability torch operator check", STANDARD, TORCH, CUDA
     ),
 }  # fmt: skip
 SPELLED = {"cpu_body": "cpu body", "cpu_driver": "cpu driver"}

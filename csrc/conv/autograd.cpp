@@ -1,19 +1,24 @@
 // What stands above the backends: the public operator as a composite, its autograd and its autocast.
 //
 // Everything here takes symbolic sizes, so that torch.compile and torch.export trace through it.
-#include "core/autograd.h"
+#include "conv/autograd.h"
 
-#include <ATen/Functions.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/grad_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/convolution_backward.h>
 #include <torch/library.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "conv/eager.h"
 #include "conv/heuristics.h"
 #include "conv/measure_block.h"
+#include "conv/op.h"
+#include "core/node.h"
+#include "core/operator.h"
+#include "core/plain.h"
 #include "pool/autograd.h"
 
 namespace dlfast {
@@ -21,14 +26,13 @@ namespace {
 
 using at::Tensor;
 using c10::SymInt;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using Forward = std::tuple<Tensor, Tensor>;  // output, winner mask
 
-std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+Forward call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                         const BlockOptions& options, bool save_winner_mask,
                                         const ChosenAlgorithms& algorithms) {
-  static const Operator<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                   const BlockOptions&, bool, const ChosenAlgorithms&)>
+  static const Operator<Forward(const Tensor&, const Tensor&, const OptionalTensor&, const BlockOptions&, bool,
+                                const ChosenAlgorithms&)>
       op("dlfast::_conv_relu_pool2d");
   return op(input, weight, bias, options, save_winner_mask, algorithms);
 }
@@ -63,63 +67,77 @@ std::vector<SymInt> symbolic(const int64_t (&pair)[2]) {
 
 // ---- Derivatives --------------------------------------------------------------------------------------
 
-struct ConvReluPool : torch::autograd::Function<ConvReluPool> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                               const OptionalTensor& bias, const BlockOptions& options, bool save_winner_mask,
-                               const ChosenAlgorithms& algorithms) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, winner_mask] = call_forward(input, weight, bias, options, save_winner_mask, algorithms);
-    ctx->save_for_backward({input, weight, winner_mask_of(options.pool, output, winner_mask)});
-    ctx->mark_non_differentiable({winner_mask});
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["saved"] = save_winner_mask;
-    ctx->saved_data["biased"] = is_given(bias);
-    save_options(ctx, options);
-    save_algorithms(ctx, algorithms);
-    return {output, winner_mask};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    constexpr int kOthers = 3;  // options, save_winner_mask, algorithms
-    if (!grads[0].defined()) return variable_list(3 + kOthers);
-    check_saved("conv_relu_pool2d", ctx);
-    const variable_list saved = ctx->get_saved_variables();
-    // A bias that is not there is no input that autograd counts.
-    const bool needs_bias = ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(2);
-    const Mask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), needs_bias};
-    const Gradients gradients = call_backward(grads[0], saved[0], saved[1], saved[2],
-                                              saved_block_options(ctx), mask, saved_algorithms(ctx));
-    return gradient_list(mask, gradients, kOthers);
-  }
-};
-
-std::tuple<Tensor, Tensor> forward_autograd(const Tensor& input, const Tensor& weight,
-                                            const OptionalTensor& bias, const BlockOptions& options,
-                                            bool save_winner_mask, const ChosenAlgorithms& algorithms) {
-  const variable_list results =
-      ConvReluPool::apply(input, weight, bias, options, save_winner_mask, algorithms);
-  return {results[0], results[1]};
-}
-
-Gradients backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                            const Tensor& winner_mask, const BlockOptions& options, Mask mask,
-                            const ChosenAlgorithms& algorithms) {
-  const bool differentiate =
-      at::GradMode::is_enabled() && (grad.requires_grad() || input.requires_grad() || weight.requires_grad());
-  if (!differentiate) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_backward(grad, input, weight, winner_mask, options, mask, algorithms);
+Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& winner_mask,
+                   const BlockOptions& options, Mask mask, const ChosenAlgorithms& algorithms) {
+  if (!records(grad, input, weight)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return are_plain(input, grad, weight, winner_mask)
+               ? convolve_block_backward(grad, input, weight, winner_mask, options, mask, algorithms)
+               : call_backward(grad, input, weight, winner_mask, options, mask, algorithms);
   }
   // Second derivatives go through pieces that PyTorch or we can differentiate again.
   const ConvOptions& c = options.conv;
   const Tensor dense =
       call_expand(grad, winner_mask.detach(), convolution_size(input, weight, c), options.pool);
-  return masked(mask,
-                at::convolution_backward_symint(dense, input, weight, std::vector<SymInt>{weight.sym_size(0)},
-                                                symbolic(c.stride), symbolic(c.padding), symbolic(c.dilation),
-                                                /*transposed=*/false, /*output_padding=*/symbolic({0, 0}),
-                                                c.groups, mask),
-                input);
+  return at::convolution_backward_symint(dense, input, weight, std::vector<SymInt>{weight.sym_size(0)},
+                                         symbolic(c.stride), symbolic(c.padding), symbolic(c.dilation),
+                                         /*transposed=*/false, /*output_padding=*/symbolic({0, 0}), c.groups,
+                                         mask);
+}
+
+struct ConvReluPoolBackward : torch::autograd::Node {
+  SavedVariable input, weight, winner_mask;
+  BlockOptions options;
+  ChosenAlgorithms algorithms;
+  bool biased, has_winner_mask;
+
+  std::string name() const override { return "ConvReluPoolBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* variable : {&input, &weight, &winner_mask}) variable->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(3);
+    check_saved("conv_relu_pool2d", has_winner_mask);
+    // A bias that is not there is no input that autograd counts.
+    const Mask mask = {task_should_compute_output(0), task_should_compute_output(1),
+                       biased && task_should_compute_output(2)};
+    return gradient_list(mask, backward(grads[0], input.unpack(), weight.unpack(),
+                                        winner_mask.unpack(getptr()), options, mask, algorithms));
+  }
+};
+
+Forward forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                const BlockOptions& options, bool save_winner_mask, const ChosenAlgorithms& algorithms) {
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return are_plain(input, weight, bias)
+               ? convolve_block(input, weight, bias, options, save_winner_mask, algorithms)
+               : call_forward(input, weight, bias, options, save_winner_mask, algorithms);
+  };
+  if (!records(input, weight, bias)) return below();
+  const auto node = make_node<ConvReluPoolBackward>(input, weight, bias);
+  node->options = options;
+  node->algorithms = algorithms;
+  node->biased = is_given(bias);
+  node->has_winner_mask = save_winner_mask;
+  node->input = saved(input);
+  node->weight = saved(weight);
+  Forward result = below();
+  const auto& [output, winner_mask] = result;
+  set_history(output, node);
+  node->winner_mask = saved_winner_mask(options.pool, output, winner_mask);
+  completed(node);
+  return result;
+}
+
+Gradients backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                            const Tensor& winner_mask, const BlockOptions& options, Mask mask,
+                            const ChosenAlgorithms& algorithms) {
+  return filled(backward(grad, input, weight, winner_mask, options, mask, algorithms), input);
 }
 
 // ---- The public operator ------------------------------------------------------------------------------
@@ -129,56 +147,71 @@ Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Optiona
   // Before dispatch, which would only say that there is no such kernel.
   check_layout("input", input);
   check_layout("weight", weight);
-  const bool save_winner_mask =
-      at::GradMode::is_enabled() &&
-      (input.requires_grad() || weight.requires_grad() || (is_given(bias) && bias->requires_grad()));
+  const bool save_winner_mask = records(input, weight, bias);
   const bool batched = input.dim() != 3;
   const Tensor x = batched ? input : input.unsqueeze(0);
   const BlockChoice choice = choose_block(x, weight, options, save_winner_mask);
   if (choice.is_plain_convolution) return eager_block(input, weight, bias, options);
-#ifdef DLFAST_WITH_CUDA
+  const bool plain = are_plain(x, weight, bias);
   const auto ours = [&](const Tensor& i, const Tensor& w, const OptionalTensor& b) {
-    return std::get<0>(call_forward(i, w, b, options, save_winner_mask, choice.algorithms));
+    return std::get<0>(plain ? forward(i, w, b, options, save_winner_mask, choice.algorithms)
+                             : call_forward(i, w, b, options, save_winner_mask, choice.algorithms));
   };
+#ifdef DLFAST_WITH_CUDA
   if (batched && eager_is_faster(input, weight, bias, options, save_winner_mask, ours)) {
     return eager_block(input, weight, bias, options);
   }
 #endif
-  const Tensor y = std::get<0>(call_forward(x, weight, bias, options, save_winner_mask, choice.algorithms));
+  const Tensor y = ours(x, weight, bias);
   return batched ? y : y.squeeze(0);
 }
 
-// As autocast does for conv2d: run in the lower precision.
-template <c10::DeviceType device, c10::DispatchKey key>
-Tensor conv_relu_pool2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                 const PublicOptions& options) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+// As autocast does for conv2d: run `op` in the lower precision.
+template <typename Op>
+Tensor in_lower_precision(c10::DeviceType device, const Tensor& input, const Tensor& weight,
+                          const OptionalTensor& bias, const PublicOptions& options, const Op& op) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
-  static const Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const PublicOptions&)> op(
-      "dlfast::conv_relu_pool2d");
   return op(cast(input), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, options);
 }
 
+template <c10::DeviceType device>
+Tensor conv_relu_pool2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                 const PublicOptions& options) {
+  static const Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const PublicOptions&)> op(
+      "dlfast::conv_relu_pool2d");
+  return in_lower_precision(device, input, weight, bias, options, op);
+}
+
 }  // namespace
+
+std::optional<Tensor> conv_relu_pool2d_plain(const Tensor& input, const Tensor& weight,
+                                             const OptionalTensor& bias, const PublicOptions& options) {
+  if (!are_plain(input, weight, bias)) return std::nullopt;
+  const c10::DeviceType device = input.device().type();
+  if (!at::autocast::is_autocast_enabled(device)) return conv_relu_pool2d(input, weight, bias, options);
+  return in_lower_precision(device, input, weight, bias, options, conv_relu_pool2d);
+}
 
 TORCH_LIBRARY_IMPL(dlfast, CompositeImplicitAutograd, m) {
   m.impl("conv_relu_pool2d", kernel_of<"conv_relu_pool2d", conv_relu_pool2d>);
 }
 
 TORCH_LIBRARY_IMPL(dlfast, Autograd, m) {
-  m.impl("_conv_relu_pool2d", kernel_of<"conv_relu_pool2d", forward_autograd>);
+  m.impl("_conv_relu_pool2d", kernel_of<"conv_relu_pool2d", forward>);
   m.impl("_conv_relu_pool2d_backward", kernel_of<"conv_relu_pool2d_backward", backward_autograd>);
 }
 
 TORCH_LIBRARY_IMPL(dlfast, AutocastCPU, m) {
   m.impl("conv_relu_pool2d",
-         kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>>);
+         kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCPU>>);
 }
 
 TORCH_LIBRARY_IMPL(dlfast, AutocastCUDA, m) {
   m.impl("conv_relu_pool2d",
-         kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCUDA, c10::DispatchKey::Autocast>>);
+         kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCUDA>>);
 }
 
 }  // namespace dlfast

@@ -1,6 +1,9 @@
 #include "conv/eager.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/avg_pool2d.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/relu.h>
 
 namespace dlfast {
 

@@ -15,7 +15,7 @@
 #include "conv/algorithm.h"
 #include "conv/cuda/kernels.h"
 #include "conv/options.h"
-#include "core/autograd.h"
+#include "core/gradients.h"
 
 namespace dlfast {
 

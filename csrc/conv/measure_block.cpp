@@ -2,7 +2,7 @@
 
 #ifdef DLFAST_WITH_CUDA
 #include <ATen/Context.h>
-#include <ATen/Functions.h>
+#include <ATen/ops/ones_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/autograd.h>
 

@@ -1,5 +1,8 @@
 // The whole block on tensors, for CPU and CUDA alike: check, allocate, call the algorithm that was chosen.
-#include <ATen/Functions.h>
+#include "conv/op.h"
+
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/convolution_backward.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -72,9 +75,11 @@ Forward single_on_cuda(const Problem& q, const CudaConv& c, const OptionalTensor
 }
 #endif
 
-Forward conv_relu_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                         const BlockOptions& options, bool save_winner_mask,
-                         const ChosenAlgorithms& algorithms) {
+}  // namespace
+
+Forward convolve_block(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                       const BlockOptions& options, bool save_winner_mask,
+                       const ChosenAlgorithms& algorithms) {
   constexpr const char* op = "conv_relu_pool2d";
   const Problem q(op, input, weight, options);
   check_bias(op, bias, q.p.conv.out_channels, input);
@@ -113,6 +118,8 @@ Forward conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Option
 
 // ---- Backward -----------------------------------------------------------------------------------------
 
+namespace {
+
 // A backward, its tensors checked.
 struct Backward : Problem {
   const Tensor& grad_output;
@@ -132,7 +139,7 @@ struct Backward : Problem {
 #ifdef DLFAST_WITH_CUDA
     return cuda_grad_bias(p.pool, dtype, bias_from_pooled() ? grad_output : grad_z, winner_mask);
 #else
-    return nothing(input);
+    return {};
 #endif
   }
   // Those that `mask` asks for still, by PyTorch's kernels.
@@ -166,7 +173,7 @@ Gradients cpu_backward(const Backward& b, const Context& context, const ChosenAl
   };
   const Algorithm weight_algorithm = algorithm_of(mask[1], Part::grad_weight);
   const Algorithm input_algorithm = algorithm_of(mask[0], Part::grad_input);
-  Tensor grad_input = nothing(b.input), grad_weight = nothing(b.input), grad_bias = nothing(b.input);
+  Tensor grad_input, grad_weight, grad_bias;
   std::optional<CpuGradient> own;
   if (weight_algorithm != Algorithm::pytorch || input_algorithm != Algorithm::pytorch) {
     own.emplace(b.p, b.dtype, b.grad_output, b.winner_mask);
@@ -215,7 +222,7 @@ Gradients cuda_backward(const Backward& b, const Context& context, Mask mask) {
                       .own_input = [&] { own_input(); },
                       .own_weight = [&] { own_weight(); }});
   }
-  Tensor grad_input = nothing(b.input), grad_weight = nothing(b.input), grad_bias = nothing(b.input);
+  Tensor grad_input, grad_weight, grad_bias;
   if (mask[1] && choose(b.p, context, Part::grad_weight).algorithm() == Algorithm::single) {
     const auto [own, own_bias] = own_weight();
     grad_weight = own;
@@ -232,9 +239,11 @@ Gradients cuda_backward(const Backward& b, const Context& context, Mask mask) {
 }
 #endif
 
-Gradients conv_relu_pool2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                    const Tensor& winner_mask, const BlockOptions& options, Mask output_mask,
-                                    const ChosenAlgorithms& algorithms) {
+}  // namespace
+
+Gradients convolve_block_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                  const Tensor& winner_mask, const BlockOptions& options, Mask output_mask,
+                                  const ChosenAlgorithms& algorithms) {
   constexpr const char* op = "conv_relu_pool2d_backward";
   const Problem q(op, input, weight, options);
   check_alike(op, "grad_output", grad_output, "input", input);
@@ -251,9 +260,18 @@ Gradients conv_relu_pool2d_backward(const Tensor& grad_output, const Tensor& inp
   return cpu_backward(b, context, algorithms, output_mask);
 }
 
+namespace {
+
+Gradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                   const Tensor& winner_mask, const BlockOptions& options, Mask mask,
+                   const ChosenAlgorithms& algorithms) {
+  return filled(
+      convolve_block_backward(grad_output, input, weight, winner_mask, options, mask, algorithms), input);
+}
+
 void register_all(torch::Library& m) {
-  m.impl("_conv_relu_pool2d", kernel_of<"conv_relu_pool2d", conv_relu_pool2d>);
-  m.impl("_conv_relu_pool2d_backward", kernel_of<"conv_relu_pool2d_backward", conv_relu_pool2d_backward>);
+  m.impl("_conv_relu_pool2d", kernel_of<"conv_relu_pool2d", convolve_block>);
+  m.impl("_conv_relu_pool2d_backward", kernel_of<"conv_relu_pool2d_backward", backward>);
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 // Every algorithm of the CPU on tensors: allocates what it writes and its workspace, and calls the kernels.
 #include "conv/op_cpu.h"
 
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 
 #include <algorithm>
 #include <cmath>

@@ -6,8 +6,8 @@
 #include <functional>
 
 #include "conv/cuda/kernels.h"
-#include "core/autograd.h"
 #include "core/checks.h"
+#include "core/gradients.h"
 
 namespace dlfast {
 

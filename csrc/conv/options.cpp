@@ -78,19 +78,6 @@ ConvBlockParams params_of(const char* op, const BlockOptions& options, const Ten
   return p;
 }
 
-void save_options(torch::autograd::AutogradContext* ctx, const BlockOptions& options) {
-  const ConvOptions& c = options.conv;
-  ctx->saved_data["convolution"] = std::vector<int64_t>{
-      c.stride[0], c.stride[1], c.padding[0], c.padding[1], c.dilation[0], c.dilation[1], c.groups};
-  save_options(ctx, options.pool);
-}
-
-BlockOptions saved_block_options(torch::autograd::AutogradContext* ctx) {
-  const std::vector<int64_t> v = ctx->saved_data["convolution"].toIntVector();
-  return {.conv = {.stride = {v[0], v[1]}, .padding = {v[2], v[3]}, .dilation = {v[4], v[5]}, .groups = v[6]},
-          .pool = saved_pool_options(ctx)};
-}
-
 ChosenAlgorithms SchemaArgs<const ChosenAlgorithms&>::from_schema(const char* op, IntArrayRef algorithms) {
   TORCH_CHECK(algorithms.size() == 3, op, ": algorithms must be three numbers, got ", algorithms);
   ChosenAlgorithms chosen;
@@ -101,15 +88,6 @@ ChosenAlgorithms SchemaArgs<const ChosenAlgorithms&>::from_schema(const char* op
     chosen.of[part] = algorithms[part];
   }
   return chosen;
-}
-
-void save_algorithms(torch::autograd::AutogradContext* ctx, const ChosenAlgorithms& algorithms) {
-  ctx->saved_data["algorithms"] = std::vector<int64_t>(std::begin(algorithms.of), std::end(algorithms.of));
-}
-
-ChosenAlgorithms saved_algorithms(torch::autograd::AutogradContext* ctx) {
-  return SchemaArgs<const ChosenAlgorithms&>::from_schema("conv_relu_pool2d",
-                                                          ctx->saved_data["algorithms"].toIntVector());
 }
 
 }  // namespace dlfast

@@ -19,10 +19,6 @@ ConvOptions conv_options(const char* op, at::IntArrayRef stride, at::IntArrayRef
 ConvBlockParams params_of(const char* op, const BlockOptions& options, const at::Tensor& input,
                           const at::Tensor& weight);
 
-// For autograd.
-void save_options(torch::autograd::AutogradContext* ctx, const BlockOptions& options);
-BlockOptions saved_block_options(torch::autograd::AutogradContext* ctx);
-
 template <>
 struct SchemaArgs<const BlockOptions&> {
   using Types = Concat<TypeList<at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t>,
@@ -48,9 +44,6 @@ struct SchemaArgs<const ChosenAlgorithms&> {
   static ChosenAlgorithms from_schema(const char* op, at::IntArrayRef algorithms);
   static auto to_schema(const ChosenAlgorithms& a) { return std::make_tuple(at::IntArrayRef(a.of, 3)); }
 };
-
-void save_algorithms(torch::autograd::AutogradContext* ctx, const ChosenAlgorithms& algorithms);
-ChosenAlgorithms saved_algorithms(torch::autograd::AutogradContext* ctx);
 
 // The options as the public operator has them: there pool_stride may be None, which means pool_size.
 struct PublicOptions : BlockOptions {};

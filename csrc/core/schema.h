@@ -2,8 +2,6 @@
 // made of the other, in both directions, so that a struct's arguments are spelled once.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include <cstddef>
 #include <tuple>
 #include <utility>
@@ -36,13 +34,6 @@ struct Concat<TypeList<As...>, TypeList<Bs...>, Rest...> {
 
 template <typename... Args>
 using FlatArgs = typename Concat<typename SchemaArgs<Args>::Types...>::Type;
-
-template <typename R, typename List>
-struct FunctionOf;
-template <typename R, typename... Ts>
-struct FunctionOf<R, TypeList<Ts...>> {
-  using Type = R(Ts...);
-};
 
 // A string as a template argument.
 template <size_t n>
@@ -88,24 +79,5 @@ struct FlatOf<R (*)(Args...)> {
 // `f` as a kernel of the dispatcher; `op` is the name that messages give.
 template <OpName op, auto f>
 constexpr auto* kernel_of = &KernelOf<op, f, decltype(f), typename FlatOf<decltype(f)>::Type>::call;
-
-// An operator of the dispatcher, called with argument structs.
-template <typename Signature>
-class Operator;
-template <typename R, typename... Args>
-class Operator<R(Args...)> {
- public:
-  explicit Operator(const char* name)
-      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Flat>()) {}
-
-  R operator()(Args... args) const {
-    return std::apply([&](auto&&... flat) { return handle_.call(std::forward<decltype(flat)>(flat)...); },
-                      std::tuple_cat(SchemaArgs<Args>::to_schema(std::forward<Args>(args))...));
-  }
-
- private:
-  using Flat = typename FunctionOf<R, FlatArgs<Args...>>::Type;
-  c10::TypedOperatorHandle<Flat> handle_;
-};
 
 }  // namespace dlfast

@@ -1,13 +1,17 @@
 // Derivatives of batch normalisation with activation and pooling.
-#include "core/autograd.h"
+#include "norm/autograd.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/native_batch_norm_backward.h>
 #include <torch/library.h>
 
-#include <tuple>
+#include <string>
 #include <vector>
 
+#include "core/node.h"
+#include "core/operator.h"
+#include "core/plain.h"
 #include "pool/autograd.h"
 
 namespace dlfast {
@@ -15,90 +19,34 @@ namespace {
 
 using at::Tensor;
 using c10::SymInt;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
-using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Quadruple call_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& mean, const OptionalTensor& var, double eps,
-                       const PoolOptions& options, bool save_winner_mask) {
-  static const Operator<Quadruple(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                  const OptionalTensor&, const OptionalTensor&, double, const PoolOptions&,
-                                  bool)>
+Normalised call_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                        const PoolOptions& options, bool save_winner_mask) {
+  static const Operator<Normalised(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                   const OptionalTensor&, const OptionalTensor&, double, const PoolOptions&,
+                                   bool)>
       op("dlfast::_batch_norm_relu_pool2d");
   return op(input, weight, bias, mean, var, eps, options, save_winner_mask);
 }
 
 Gradients call_backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                        const Tensor& winner_mask, bool batch_statistics, double eps,
-                        const PoolOptions& options, Mask mask) {
-  static const Operator<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                  const Tensor&, const Tensor&, const Tensor&, bool, double,
-                                  const PoolOptions&, Mask)>
+                        const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics,
+                        double eps, const PoolOptions& options, Mask mask) {
+  static const Operator<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                  const Tensor&, bool, double, const PoolOptions&, Mask)>
       op("dlfast::_batch_norm_relu_pool2d_backward");
-  return op(grad, input, weight, bias, mean, var, winner_mask, batch_statistics, eps, options, mask);
+  return op(grad, input, weight, statistics, winner_mask, batch_statistics, eps, options, mask);
 }
 
-Tensor or_undefined(const OptionalTensor& tensor) {
-  return is_given(tensor) ? *tensor : Tensor();
-}
-
-OptionalTensor or_none(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-bool asks(const Tensor& tensor) {
-  return tensor.defined() && tensor.requires_grad();
-}
-
-struct BatchNormReluPool : torch::autograd::Function<BatchNormReluPool> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& mean,
-                               const OptionalTensor& var, double eps, const PoolOptions& options,
-                               bool save_winner_mask) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, winner_mask, batch_mean, batch_var] =
-        call_forward(input, weight, bias, mean, var, eps, options, save_winner_mask);
-    const bool fixed = is_given(mean);
-    ctx->save_for_backward({input, or_undefined(weight), or_undefined(bias), fixed ? *mean : batch_mean,
-                            fixed ? *var : batch_var, winner_mask});
-    ctx->mark_non_differentiable({winner_mask, batch_mean, batch_var});
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["fixed"] = fixed;
-    ctx->saved_data["saved"] = save_winner_mask;
-    ctx->saved_data["eps"] = eps;
-    save_options(ctx, options);
-    return {output, winner_mask, batch_mean, batch_var};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    constexpr int kOthers = 5;  // mean, var, eps, options, save_winner_mask
-    if (!grads[0].defined()) return variable_list(3 + kOthers);
-    check_saved("batch_norm_relu_pool2d", ctx);
-    const variable_list saved = ctx->get_saved_variables();
-    const Mask mask = {ctx->needs_input_grad(0), asks(saved[1]), asks(saved[2])};
-    const Gradients gradients = call_backward(
-        grads[0], saved[0], or_none(saved[1]), or_none(saved[2]), saved[3], saved[4], saved[5],
-        !ctx->saved_data["fixed"].toBool(), ctx->saved_data["eps"].toDouble(), saved_pool_options(ctx), mask);
-    return gradient_list(mask, gradients, kOthers);
-  }
-};
-
-Quadruple batch_norm_relu_pool2d(const Tensor& input, const OptionalTensor& weight,
-                                 const OptionalTensor& bias, const OptionalTensor& mean,
-                                 const OptionalTensor& var, double eps, const PoolOptions& options,
-                                 bool save_winner_mask) {
-  const variable_list out =
-      BatchNormReluPool::apply(input, weight, bias, mean, var, eps, options, save_winner_mask);
-  return {out[0], out[1], out[2], out[3]};
+// A row of the statistics, to be joined with [N, C, H, W].
+Tensor row_of(const Tensor& statistics, StatisticsRow row) {
+  return statistics.select(0, row).view_symint({1, statistics.sym_size(1), 1, 1});
 }
 
 // The gradient before the activation, from pieces that PyTorch or we can differentiate again.
-Tensor gradient_before_activation(const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
-                                  const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                                  const Tensor& winner_mask, double eps, const PoolOptions& options) {
+Tensor gradient_before_activation(const Tensor& grad, const Tensor& input, const Tensor& statistics,
+                                  const Tensor& winner_mask, const PoolOptions& options) {
   const std::vector<SymInt> size = {input.sym_size(2), input.sym_size(3)};
   if (options.pool == Pool::max) return call_expand(grad, winner_mask.detach(), size, options);
   PoolOptions average = options;
@@ -106,40 +54,141 @@ Tensor gradient_before_activation(const Tensor& grad, const Tensor& input, const
   const Tensor dense =
       options.pool == Pool::avg ? call_expand(grad, winner_mask.detach(), size, average) : grad;
   if (options.activation == Activation::none) return dense;
-  const at::NoGradGuard no_grad;
-  const Tensor y = at::batch_norm(input, weight, bias, mean, var, /*training=*/false, 0, eps, false);
-  const Tensor dead = y.le(0);
-  const at::AutoGradMode grad_again(true);
+  const Tensor z = input.detach().to(statistics.scalar_type());
+  const Tensor dead = z.mul(row_of(statistics, kScale)).add_(row_of(statistics, kShift)).le(0);
   return dense.masked_fill(dead, 0);
 }
 
-Gradients batch_norm_relu_pool2d_backward(const Tensor& grad, const Tensor& input,
-                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                          const Tensor& mean, const Tensor& var, const Tensor& winner_mask,
-                                          bool batch_statistics, double eps, const PoolOptions& options,
-                                          Mask mask) {
-  const bool differentiate =
-      at::GradMode::is_enabled() && (asks(grad) || asks(input) || asks(or_undefined(weight)));
-  if (!differentiate) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_backward(grad, input, weight, bias, mean, var, winner_mask, batch_statistics, eps, options,
-                         mask);
+Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
+                   const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics, double eps,
+                   const PoolOptions& options, Mask mask) {
+  if (!records(grad, input, weight)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return are_plain(input, grad, weight, statistics, winner_mask)
+               ? normalise_backward(grad, input, weight, statistics, winner_mask, batch_statistics, options,
+                                    mask)
+               : call_backward(grad, input, weight, statistics, winner_mask, batch_statistics, eps, options,
+                               mask);
   }
-  const Tensor dense =
-      gradient_before_activation(grad, input, weight, bias, mean, var, winner_mask, eps, options);
-  const Tensor inverse = (var + eps).rsqrt();
-  return masked(mask,
-                at::native_batch_norm_backward(dense, input, weight, mean, var, mean, inverse,
-                                               batch_statistics, eps, mask),
-                input);
+  const Tensor dense = gradient_before_activation(grad, input, statistics, winner_mask, options);
+  const Tensor mean = statistics.select(0, kMean);
+  return at::native_batch_norm_backward(dense, input, weight, mean, statistics.select(0, kVariance), mean,
+                                        statistics.select(0, kInverse), batch_statistics, eps, mask);
+}
+
+// What the operator takes; all else PyTorch computes, or refuses.
+bool takes(const Tensor& input) {
+  if (input.dim() != 4 || input.numel() == 0 || input.layout() != at::kStrided) return false;
+  switch (input.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf:
+      return true;
+    default:
+      return false;
+  }
+}
+
+bool fits(const Tensor& vector, const Tensor& input) {
+  const at::ScalarType wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return vector.dim() == 1 && vector.size(0) == input.size(1) && vector.device() == input.device() &&
+         (vector.scalar_type() == input.scalar_type() || vector.scalar_type() == wide);
+}
+
+struct BatchNormReluPoolBackward : torch::autograd::Node {
+  SavedVariable input, weight, statistics, winner_mask;
+  PoolOptions options;
+  double eps;
+  bool batch_statistics, has_winner_mask;
+
+  std::string name() const override { return "BatchNormReluPoolBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* variable : {&input, &weight, &statistics, &winner_mask}) variable->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(3);
+    check_saved("batch_norm_relu_pool2d", has_winner_mask);
+    const Mask mask = {task_should_compute_output(0), task_should_compute_output(1),
+                       task_should_compute_output(2)};
+    return gradient_list(mask, backward(grads[0], input.unpack(), unpacked(weight), statistics.unpack(),
+                                        winner_mask.unpack(), batch_statistics, eps, options, mask));
+  }
+};
+
+// What `run` gives, with its derivatives recorded where somebody asks for them.
+template <typename Run>
+Normalised recorded(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                    bool batch_statistics, double eps, const PoolOptions& options, bool save_winner_mask,
+                    const Run& run) {
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return run();
+  };
+  if (!records(input, weight, bias)) return below();
+  const auto node = make_node<BatchNormReluPoolBackward>(input, weight, bias);
+  node->options = options;
+  node->eps = eps;
+  node->batch_statistics = batch_statistics;
+  node->has_winner_mask = save_winner_mask;
+  node->input = saved(input);
+  node->weight = saved(weight);
+  Normalised result = below();
+  node->winner_mask = saved(std::get<1>(result));
+  node->statistics = saved(std::get<2>(result));
+  set_history(std::get<0>(result), node);
+  completed(node);
+  return result;
+}
+
+Normalised forward_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                            const PoolOptions& options, bool save_winner_mask) {
+  return recorded(input, weight, bias, !is_given(mean), eps, options, save_winner_mask, [&] {
+    return call_forward(input, weight, bias, mean, var, eps, options, save_winner_mask);
+  });
+}
+
+Gradients backward_autograd(const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
+                            const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics,
+                            double eps, const PoolOptions& options, Mask mask) {
+  return filled(
+      backward(grad, input, weight, statistics, winner_mask, batch_statistics, eps, options, mask), input);
 }
 
 }  // namespace
 
+std::optional<Tensor> batch_norm_relu_pool2d(const Tensor& input, const OptionalTensor& running_mean,
+                                             const OptionalTensor& running_var, const OptionalTensor& weight,
+                                             const OptionalTensor& bias, bool training, double momentum,
+                                             double eps, const PoolOptions& options) {
+  const bool given = is_given(running_mean) && is_given(running_var);
+  if (!are_plain(input, running_mean, running_var, weight, bias) || !takes(input) || (!training && !given)) {
+    return std::nullopt;
+  }
+  for (const OptionalTensor* vector : {&running_mean, &running_var, &weight, &bias}) {
+    if (is_given(*vector) && !fits(**vector, input)) return std::nullopt;
+  }
+  if (asks_gradient(running_mean) || asks_gradient(running_var)) return std::nullopt;
+  TORCH_CHECK_VALUE(!training || input.numel() > input.size(1),
+                    "Expected more than 1 value per channel when training, got input size ", input.sizes());
+  const bool save_winner_mask = records(input, weight, bias);
+  const OptionalTensor none;
+  return std::get<0>(recorded(input, weight, bias, training, eps, options, save_winner_mask, [&] {
+    return normalise(input, weight, bias, training ? none : running_mean, training ? none : running_var, eps,
+                     options, save_winner_mask,
+                     training ? RunningStatistics{running_mean, running_var, momentum} : RunningStatistics{});
+  }));
+}
+
 TORCH_LIBRARY_IMPL(dlfast, Autograd, m) {
-  m.impl("_batch_norm_relu_pool2d", kernel_of<"batch_norm_relu_pool2d", batch_norm_relu_pool2d>);
+  m.impl("_batch_norm_relu_pool2d", kernel_of<"batch_norm_relu_pool2d", forward_autograd>);
   m.impl("_batch_norm_relu_pool2d_backward",
-         kernel_of<"batch_norm_relu_pool2d_backward", batch_norm_relu_pool2d_backward>);
+         kernel_of<"batch_norm_relu_pool2d_backward", backward_autograd>);
 }
 
 }  // namespace dlfast

@@ -2,8 +2,8 @@
 //
 // z [N, C, H, W] is what is normalised, in the layout and of the dtype that p and `dtype` say. Vectors are
 // [C], of float, or of double for float64. The winner mask is that of params.h for max pooling, and otherwise
-// null: where gradient passes a ReLU is then found again from z. `stream` is a cudaStream_t, which the CPU
-// ignores.
+// null: where gradient passes a ReLU is then found again from z. `vectors` is a TransformVectors or a
+// GradientVectors of what the dtype computes in. `stream` is a cudaStream_t, which the CPU ignores.
 #pragma once
 
 #include "norm/vectors.h"
@@ -13,17 +13,19 @@
 namespace dlfast {
 
 struct NormKernels {
-  // Mean and biased variance of each channel. partial holds as many numbers as the backend says.
-  void (*moments)(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, void* mean, void* var,
+  // Mean and biased variance of each channel, and what vectors (TransformVectors) make of them. partial holds
+  // as many numbers as the backend says.
+  void (*moments)(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, const void* vectors,
                   void* stream);
   // y = pool(activation(z * scale + shift)) and the winner mask, which may be null where it is not wanted.
   void (*forward)(const ReluPoolParams& p, Dtype dtype, const void* z, const void* scale, const void* shift,
                   void* y, void* winner_mask, void* stream);
-  // With g the gradient of z * scale + shift: sum_g = sum of g and sum_gz = sum of g * (z - mean), each [C].
-  // For average pooling grad_z is filled with the gradient before the activation, for `backward` to use.
+  // With g the gradient of z * scale + shift: sum_g = sum of g and sum_gz = sum of g * (z - mean), each [C],
+  // and what vectors (GradientVectors) make of them. For average pooling grad_z is filled with the gradient
+  // before the activation, for `backward` to use.
   void (*reduce)(const ReluPoolParams& p, Dtype dtype, const void* z, const void* grad_y,
                  const void* winner_mask, const void* scale, const void* shift, const void* mean,
-                 double* partial, void* sum_g, void* sum_gz, void* grad_z, void* stream);
+                 double* partial, const void* vectors, void* grad_z, void* stream);
   // grad_z = g * scale + (z - mean) * by_z + offset; without the last two where by_z and offset are null.
   void (*backward)(const ReluPoolParams& p, Dtype dtype, const void* z, const void* grad_y,
                    const void* winner_mask, const void* scale, const void* shift, const void* mean,

@@ -1,12 +1,13 @@
 // Batch normalisation, activation and pooling as operators: check, allocate, call the kernels of the backend.
-#include <ATen/ATen.h>
+#include "norm/op.h"
+
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include <array>
 #include <tuple>
 
-#include "core/autograd.h"
+#include "core/gradients.h"
 #include "core/ran.h"
 #include "norm/cpu/slices.h"
 #include "norm/kernels.h"
@@ -67,136 +68,189 @@ auto with_compute_type(const Tensor& input, Visit visit) {
   return compute_type(input) == at::kDouble ? visit(double{}) : visit(float{});
 }
 
-template <typename Vectors>
-void compute(const Vectors& vectors, [[maybe_unused]] const Tensor& input) {
-#ifdef DLFAST_WITH_CUDA
-  if (input.is_cuda()) return norm_vectors_cuda(vectors, stream_of(input));
-#endif
-  for (int64_t c = 0; c < vectors.channels; ++c) vectors.run(c);
-}
-
 template <typename Acc>
 const Acc* pointer(const Tensor& vector) {
   return vector.defined() ? vector.const_data_ptr<Acc>() : nullptr;
 }
 
-struct Transform {
-  Tensor inverse, scale, shift;
+// The rows of statistics, of numbers of type Acc.
+template <typename Acc>
+struct Rows {
+  Acc* data;
+  int64_t channels;
+  explicit Rows(const Tensor& statistics)
+      : data(statistics.mutable_data_ptr<Acc>()), channels(statistics.size(1)) {}
+  Acc* operator[](StatisticsRow row) const { return data + row * channels; }
 };
 
-Transform transform_of(const char* op, const Tensor& input, const OptionalTensor& weight,
-                       const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
-  const Tensor w = is_given(weight) ? vector_of(op, "weight", *weight, input) : Tensor();
-  const Tensor b = is_given(bias) ? vector_of(op, "bias", *bias, input) : Tensor();
-  Transform t{at::empty_like(mean), at::empty_like(mean), at::empty_like(mean)};
-  with_compute_type(input, [&](auto zero) {
-    using Acc = decltype(zero);
-    compute(TransformVectors<Acc>{.channels = input.size(1),
-                                  .eps = eps,
-                                  .weight = pointer<Acc>(w),
-                                  .bias = pointer<Acc>(b),
-                                  .mean = pointer<Acc>(mean),
-                                  .var = pointer<Acc>(var),
-                                  .inverse = t.inverse.data_ptr<Acc>(),
-                                  .scale = t.scale.data_ptr<Acc>(),
-                                  .shift = t.shift.data_ptr<Acc>()},
-            input);
-  });
-  return t;
+// The same without a type.
+struct AnyRows {
+  const char* data;
+  int64_t bytes;
+  explicit AnyRows(const Tensor& statistics)
+      : data(static_cast<const char*>(statistics.const_data_ptr())),
+        bytes(statistics.size(1) * static_cast<int64_t>(statistics.element_size())) {}
+  const void* operator[](StatisticsRow row) const { return data + row * bytes; }
+};
+
+// Whether a pass can move `running` itself. What it cannot is moved by PyTorch's operators.
+bool moves_along(const OptionalTensor& running, const Tensor& input) {
+  return is_given(running) && running->scalar_type() == compute_type(input) && running->is_contiguous() &&
+         running->device() == input.device();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, const OptionalTensor& mean,
-                                                   const OptionalTensor& var, double eps,
-                                                   const PoolOptions& options, bool save_winner_mask) {
+void move(const OptionalTensor& running, const Tensor& batch, double momentum, double factor) {
+  running->mul_(1 - momentum).add_(batch.to(running->scalar_type()), momentum * factor);
+}
+
+double count_of(const ReluPoolParams& p) {
+  return static_cast<double>(p.batch) * static_cast<double>(p.input_size[0] * p.input_size[1]);
+}
+
+void bump_version(const Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+Normalised normalise(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                     const PoolOptions& options, bool save_winner_mask, const RunningStatistics& running) {
   constexpr const char* op = "batch_norm_relu_pool2d";
   const Dtype dtype = check_dtype(op, "input", input);
   const ReluPoolParams p = check_input(op, input, options);
   TORCH_CHECK(is_given(mean) == is_given(var), op, ": mean and var must be given both or neither");
+  const Tensor w = is_given(weight) ? vector_of(op, "weight", *weight, input) : Tensor();
+  const Tensor b = is_given(bias) ? vector_of(op, "bias", *bias, input) : Tensor();
+  const Tensor m = is_given(mean) ? vector_of(op, "mean", *mean, input) : Tensor();
+  const Tensor v = is_given(var) ? vector_of(op, "var", *var, input) : Tensor();
   const c10::OptionalDeviceGuard guard(input.device());
   const NormKernels& kernels = kernels_for(input);
   void* stream = stream_of(input);
   const Tensor z = input.contiguous(format_of(p));
-  const auto vectors = input.options().dtype(compute_type(input));
-  Tensor batch_mean = at::empty({is_given(mean) ? 0 : p.channels}, vectors);
-  Tensor batch_var = at::empty_like(batch_mean);
-  Tensor m, v;
-  if (is_given(mean)) {
-    m = vector_of(op, "mean", *mean, input);
-    v = vector_of(op, "var", *var, input);
-  } else {
-    const Tensor partial = empty_partials(p, input);
-    kernels.moments(p, dtype, z.const_data_ptr(), partial.data_ptr<double>(), batch_mean.data_ptr(),
-                    batch_var.data_ptr(), stream);
-    m = batch_mean;
-    v = batch_var;
+  const Tensor statistics =
+      at::empty({kStatisticsRows, p.channels}, input.options().dtype(compute_type(input)));
+  const bool fixed = is_given(mean);
+  const bool moves_mean = !fixed && moves_along(running.mean, input),
+             moves_var = !fixed && moves_along(running.var, input);
+  const double unbiased = count_of(p) / (count_of(p) - 1);
+  with_compute_type(input, [&](auto zero) {
+    using Acc = decltype(zero);
+    const Rows<Acc> rows(statistics);
+    const TransformVectors<Acc> vectors{
+        .channels = p.channels,
+        .eps = eps,
+        .weight = pointer<Acc>(w),
+        .bias = pointer<Acc>(b),
+        .fixed_mean = pointer<Acc>(m),
+        .fixed_var = pointer<Acc>(v),
+        .mean = rows[kMean],
+        .var = rows[kVariance],
+        .inverse = rows[kInverse],
+        .scale = rows[kScale],
+        .shift = rows[kShift],
+        .running_mean = moves_mean ? running.mean->mutable_data_ptr<Acc>() : nullptr,
+        .running_var = moves_var ? running.var->mutable_data_ptr<Acc>() : nullptr,
+        .momentum = running.momentum,
+        .unbiased = unbiased};
+    if (!fixed) {
+      const Tensor partial = empty_partials(p, input);
+      return kernels.moments(p, dtype, z.const_data_ptr(), partial.data_ptr<double>(), &vectors, stream);
+    }
+#ifdef DLFAST_WITH_CUDA
+    if (input.is_cuda()) return norm_vectors_cuda(vectors, stream);
+#endif
+    for (int64_t c = 0; c < p.channels; ++c) vectors.run(c);
+  });
+  if (moves_mean) bump_version(*running.mean);
+  if (moves_var) bump_version(*running.var);
+  if (!fixed && is_given(running.mean) && !moves_mean) {
+    move(running.mean, statistics[kMean], running.momentum, 1);
   }
-  const Transform transform = transform_of(op, input, weight, bias, m, v, eps);
+  if (!fixed && is_given(running.var) && !moves_var) {
+    move(running.var, statistics[kVariance], running.momentum, unbiased);
+  }
   Tensor output = empty_output(p, input, input.scalar_type());
   Tensor winner_mask = empty_winner_mask(p, input, save_winner_mask && p.pool == Pool::max);
-  kernels.forward(p, dtype, z.const_data_ptr(), transform.scale.const_data_ptr(),
-                  transform.shift.const_data_ptr(), output.data_ptr(), winner_mask_pointer(winner_mask),
-                  stream);
+  const AnyRows rows(statistics);
+  kernels.forward(p, dtype, z.const_data_ptr(), rows[kScale], rows[kShift], output.data_ptr(),
+                  winner_mask_pointer(winner_mask), stream);
   count(input, kForward);
-  return {output, winner_mask, batch_mean, batch_var};
+  return {output, winner_mask, statistics};
 }
 
-Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                   const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                   const Tensor& winner_mask, bool batch_statistics, double eps, const PoolOptions& options,
-                   Mask output_mask) {
+Gradients normalise_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                             const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics,
+                             const PoolOptions& options, Mask mask) {
   constexpr const char* op = "batch_norm_relu_pool2d_backward";
   const Dtype dtype = check_dtype(op, "input", input);
   const ReluPoolParams p = check_input(op, input, options);
-  const std::array<int64_t, 4> sizes = {p.batch, p.channels, p.output_size[0], p.output_size[1]};
   check_alike(op, "grad_output", grad_output, "input", input);
-  check_sizes(op, "grad_output", grad_output, sizes);
-  const Tensor c = p.pool == Pool::max ? check_winner_mask(op, p, winner_mask, input) : winner_mask;
+  check_sizes(op, "grad_output", grad_output, {p.batch, p.channels, p.output_size[0], p.output_size[1]});
+  TORCH_CHECK(statistics.device() == input.device() && statistics.scalar_type() == compute_type(input) &&
+                  statistics.is_contiguous(),
+              op, ": statistics must be contiguous, of ", compute_type(input), " and on ", input.device(),
+              ", got ", statistics.scalar_type(), " on ", statistics.device());
+  check_sizes(op, "statistics", statistics, {kStatisticsRows, p.channels});
+  const Tensor won = p.pool == Pool::max ? check_winner_mask(op, p, winner_mask, input) : winner_mask;
   const c10::OptionalDeviceGuard guard(input.device());
-  const Tensor m = vector_of(op, "mean", mean, input), v = vector_of(op, "var", var, input);
-  const Transform transform = transform_of(op, input, weight, bias, m, v, eps);
   const NormKernels& kernels = kernels_for(input);
   void* stream = stream_of(input);
   const Tensor z = input.contiguous(format_of(p)), grad = grad_output.contiguous(format_of(p));
 
   Tensor grad_z = at::empty(input.sizes(), input.options().memory_format(format_of(p)));
   const Tensor partial = empty_partials(p, input);
-  const Tensor sum_g = at::empty_like(m), sum_gz = at::empty_like(m);
-  kernels.reduce(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), c.const_data_ptr(),
-                 transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
-                 partial.data_ptr<double>(), sum_g.data_ptr(), sum_gz.data_ptr(), grad_z.data_ptr(), stream);
-
-  const Tensor weight_sum = at::empty_like(m);
-  const Tensor by_z = batch_statistics ? at::empty_like(m) : Tensor(),
-               offset = batch_statistics ? at::empty_like(m) : Tensor();
+  const auto vector_options = statistics.options();
+  // Tensors of their own where the caller gets them: sum_g is grad_bias.
+  const Tensor sum_g = at::empty({p.channels}, vector_options),
+               grad_weight = at::empty({p.channels}, vector_options),
+               others = at::empty({3, p.channels}, vector_options);  // sum_gz, by_z, offset
+  const AnyRows rows(statistics), other(others);
+  const void* by_z = batch_statistics ? other.data + other.bytes : nullptr;
+  const void* offset = batch_statistics ? other.data + 2 * other.bytes : nullptr;
   with_compute_type(input, [&](auto zero) {
     using Acc = decltype(zero);
-    compute(GradientVectors<Acc>{.channels = p.channels,
-                                 .count = static_cast<double>(p.batch * p.input_size[0] * p.input_size[1]),
-                                 .inverse = pointer<Acc>(transform.inverse),
-                                 .scale = pointer<Acc>(transform.scale),
-                                 .sum_g = pointer<Acc>(sum_g),
-                                 .sum_gz = pointer<Acc>(sum_gz),
-                                 .grad_weight = weight_sum.data_ptr<Acc>(),
-                                 .by_z = batch_statistics ? by_z.data_ptr<Acc>() : nullptr,
-                                 .offset = batch_statistics ? offset.data_ptr<Acc>() : nullptr},
-            input);
+    const Rows<Acc> of(statistics);
+    Acc* more = others.mutable_data_ptr<Acc>();
+    const GradientVectors<Acc> vectors{.channels = p.channels,
+                                       .count = count_of(p),
+                                       .inverse = of[kInverse],
+                                       .scale = of[kScale],
+                                       .sum_g = sum_g.mutable_data_ptr<Acc>(),
+                                       .sum_gz = more,
+                                       .grad_weight = grad_weight.mutable_data_ptr<Acc>(),
+                                       .by_z = batch_statistics ? more + p.channels : nullptr,
+                                       .offset = batch_statistics ? more + 2 * p.channels : nullptr};
+    kernels.reduce(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), won.const_data_ptr(), of[kScale],
+                   of[kShift], of[kMean], partial.data_ptr<double>(), &vectors, grad_z.data_ptr(), stream);
   });
 
   count(input, kBackward);
-  const auto [needs_input, needs_weight, needs_bias] = output_mask;
-  const auto like_parameter = [&](const OptionalTensor& parameter, const Tensor& grad) {
-    return is_given(parameter) ? grad.to(parameter->scalar_type()) : grad;
+  if (mask[0]) {
+    kernels.backward(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), won.const_data_ptr(), rows[kScale],
+                     rows[kShift], rows[kMean], by_z, offset, grad_z.data_ptr(), stream);
+  }
+  const auto like_parameter = [&](const Tensor& vector) {
+    return is_given(weight) ? vector.to(weight->scalar_type()) : vector;
   };
-  const Tensor nothing = at::empty({0}, input.options());
-  const Tensor grad_weight = needs_weight ? like_parameter(weight, weight_sum) : nothing;
-  const Tensor grad_bias = needs_bias ? like_parameter(bias, sum_g) : nothing.clone();
-  if (!needs_input) return {nothing.clone(), grad_weight, grad_bias};
-  kernels.backward(p, dtype, z.const_data_ptr(), grad.const_data_ptr(), c.const_data_ptr(),
-                   transform.scale.const_data_ptr(), transform.shift.const_data_ptr(), m.const_data_ptr(),
-                   batch_statistics ? by_z.const_data_ptr() : nullptr,
-                   batch_statistics ? offset.const_data_ptr() : nullptr, grad_z.data_ptr(), stream);
-  return {grad_z, grad_weight, grad_bias};
+  return {defined_if(mask[0], grad_z), mask[1] ? like_parameter(grad_weight) : Tensor(),
+          mask[2] ? like_parameter(sum_g) : Tensor()};
+}
+
+namespace {
+
+Normalised forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                   const PoolOptions& options, bool save_winner_mask) {
+  return normalise(input, weight, bias, mean, var, eps, options, save_winner_mask, {});
+}
+
+Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                   const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics,
+                   double /*eps*/, const PoolOptions& options, Mask mask) {
+  return filled(normalise_backward(grad_output, input, weight, statistics, winner_mask, batch_statistics,
+                                   options, mask),
+                input);
 }
 
 void register_all(torch::Library& m) {

@@ -1,7 +1,7 @@
 // A step on CUDA devices, from Python.
 #pragma once
 
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 
 namespace dlfast::optim {
 

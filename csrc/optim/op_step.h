@@ -6,38 +6,17 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "optim/cpu/step.h"
+#include "optim/held_tensor.h"
 #include "optim/params.h"
 
 namespace dlfast::optim {
-
-namespace py = pybind11;
-
-// As pybind11's own types are.
-#define DLFAST_HIDDEN __attribute__((visibility("hidden")))
-
-// A tensor by its Python object. A reference of the step's own would keep torch.utils.swap_tensors from
-// working, and would go on with what the object was before.
-class DLFAST_HIDDEN HeldTensor {
- public:
-  HeldTensor() = default;
-  explicit HeldTensor(const py::handle& object) : object_(py::reinterpret_borrow<py::object>(object)) {
-    TORCH_CHECK_TYPE(THPVariable_Check(object.ptr()), "a step takes tensors, got ",
-                     py::str(py::type::handle_of(object)));
-  }
-  bool defined() const { return static_cast<bool>(object_); }
-  const at::Tensor& operator*() const { return THPVariable_Unpack(object_.ptr()); }
-  const at::Tensor* operator->() const { return &**this; }
-
- private:
-  py::object object_;
-};
 
 // One parameter of a step and what belongs to it.
 struct DLFAST_HIDDEN Item {

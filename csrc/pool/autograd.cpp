@@ -1,21 +1,24 @@
 // Derivatives of activation and pooling, of any order.
 #include "pool/autograd.h"
 
-#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "core/autograd.h"
+#include "core/node.h"
+#include "core/operator.h"
+#include "core/plain.h"
+#include "pool/op.h"
 
 namespace dlfast {
 
 using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 Tensor call_expand(const Tensor& grad, const Tensor& winner_mask, SymIntArrayRef input_size,
                    const PoolOptions& options) {
@@ -26,11 +29,12 @@ Tensor call_expand(const Tensor& grad, const Tensor& winner_mask, SymIntArrayRef
 
 namespace {
 
-std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const OptionalTensor& bias,
-                                        const PoolOptions& options, bool save_winner_mask) {
-  static const Operator<std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const PoolOptions&,
-                                                   bool)>
-      op("dlfast::_relu_pool2d");
+using Forward = std::tuple<Tensor, Tensor>;  // output, winner mask
+
+Forward call_forward(const Tensor& input, const OptionalTensor& bias, const PoolOptions& options,
+                     bool save_winner_mask) {
+  static const Operator<Forward(const Tensor&, const OptionalTensor&, const PoolOptions&, bool)> op(
+      "dlfast::_relu_pool2d");
   return op(input, bias, options, save_winner_mask);
 }
 
@@ -40,75 +44,116 @@ Tensor call_transpose(const Tensor& grad, const Tensor& winner_mask, const PoolO
   return op(grad, winner_mask, options);
 }
 
-struct ReluPool : torch::autograd::Function<ReluPool> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& bias,
-                               const PoolOptions& options, bool save_winner_mask) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, winner_mask] = call_forward(input, bias, options, save_winner_mask);
-    ctx->save_for_backward({winner_mask_of(options, output, winner_mask)});
-    ctx->mark_non_differentiable({winner_mask});
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["saved"] = save_winner_mask;
-    ctx->saved_data["biased"] = is_given(bias);
-    save_size(ctx, input);
-    save_options(ctx, options);
-    return {output, winner_mask};
-  }
+std::vector<SymInt> size_of(const Tensor& tensor) {
+  return {tensor.sym_size(2), tensor.sym_size(3)};
+}
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(4);
-    check_saved("relu_pool2d", ctx);
-    const Tensor grad =
-        call_expand(grads[0], ctx->get_saved_variables()[0], saved_size(ctx), saved_pool_options(ctx));
+struct ReluPoolBackward : torch::autograd::Node {
+  SavedVariable winner_mask;
+  std::vector<SymInt> size;  // [H, W] of what was pooled
+  PoolOptions options;
+  bool biased, has_winner_mask;
+
+  std::string name() const override { return "ReluPoolBackward"; }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    winner_mask.reset_data();
+  }
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(2);
+    check_saved("relu_pool2d", has_winner_mask);
+    const Tensor grad = call_expand(grads[0], winner_mask.unpack(getptr()), size, options);
     // A bias that is not there is no input that autograd counts.
-    const bool bias = ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(1);
-    return {defined_if(ctx->needs_input_grad(0), grad), bias ? grad.sum({0, 2, 3}) : Tensor(), {}, {}};
+    return {defined_if(task_should_compute_output(0), grad),
+            biased && task_should_compute_output(1) ? grad.sum({0, 2, 3}) : Tensor()};
   }
 };
 
 // The gradient is linear in grad_output for a given winner mask, so these two are each other's derivative.
-struct Expand : torch::autograd::Function<Expand> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& winner_mask,
-                        const std::vector<SymInt>& input_size, const PoolOptions& options) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({winner_mask});
-    save_options(ctx, options);
-    return call_expand(grad, winner_mask, input_size, options);
+struct ExpandBackward : torch::autograd::Node {
+  SavedVariable winner_mask;
+  PoolOptions options;
+
+  std::string name() const override { return "ReluPoolExpandBackward"; }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    winner_mask.reset_data();
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {call_transpose(grads[0], ctx->get_saved_variables()[0], saved_pool_options(ctx)), {}, {}, {}};
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(1);
+    return {call_transpose(grads[0], winner_mask.unpack(), options)};
   }
 };
 
-struct Transpose : torch::autograd::Function<Transpose> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& winner_mask,
-                        const PoolOptions& options) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({winner_mask});
-    save_size(ctx, grad);
-    save_options(ctx, options);
-    return call_transpose(grad, winner_mask, options);
+struct TransposeBackward : torch::autograd::Node {
+  SavedVariable winner_mask;
+  std::vector<SymInt> size;
+  PoolOptions options;
+
+  std::string name() const override { return "ReluPoolTransposeBackward"; }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    winner_mask.reset_data();
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {call_expand(grads[0], ctx->get_saved_variables()[0], saved_size(ctx), saved_pool_options(ctx)),
-            {},
-            {}};
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(1);
+    return {call_expand(grads[0], winner_mask.unpack(), size, options)};
   }
 };
 
-std::tuple<Tensor, Tensor> relu_pool2d(const Tensor& input, const OptionalTensor& bias,
-                                       const PoolOptions& options, bool save_winner_mask) {
-  const variable_list results = ReluPool::apply(input, bias, options, save_winner_mask);
-  return {results[0], results[1]};
+Forward relu_pool2d(const Tensor& input, const OptionalTensor& bias, const PoolOptions& options,
+                    bool save_winner_mask) {
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call_forward(input, bias, options, save_winner_mask);
+  };
+  if (!records(input, bias)) return below();
+  const auto node = make_node<ReluPoolBackward>(input, bias);
+  node->size = size_of(input);
+  node->options = options;
+  node->biased = is_given(bias);
+  node->has_winner_mask = save_winner_mask;
+  Forward result = below();
+  const auto& [output, winner_mask] = result;
+  set_history(output, node);
+  node->winner_mask = saved_winner_mask(options, output, winner_mask);
+  completed(node);
+  return result;
 }
 
 Tensor relu_pool2d_backward(const Tensor& grad, const Tensor& winner_mask, SymIntArrayRef input_size,
                             const PoolOptions& options) {
-  return Expand::apply(grad, winner_mask, std::vector<SymInt>(input_size.begin(), input_size.end()), options);
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call_expand(grad, winner_mask, input_size, options);
+  };
+  if (!records(grad)) return below();
+  const auto node = make_node<ExpandBackward>(grad);
+  node->winner_mask = saved(winner_mask);
+  node->options = options;
+  Tensor result = below();
+  set_history(result, node);
+  completed(node);
+  return result;
 }
 
 Tensor relu_pool2d_transpose(const Tensor& grad, const Tensor& winner_mask, const PoolOptions& options) {
-  return Transpose::apply(grad, winner_mask, options);
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call_transpose(grad, winner_mask, options);
+  };
+  if (!records(grad)) return below();
+  const auto node = make_node<TransposeBackward>(grad);
+  node->winner_mask = saved(winner_mask);
+  node->size = size_of(grad);
+  node->options = options;
+  Tensor result = below();
+  set_history(result, node);
+  completed(node);
+  return result;
 }
 
 }  // namespace

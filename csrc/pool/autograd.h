@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "core/node.h"
 #include "pool/options.h"
 
 namespace dlfast {
@@ -11,10 +12,12 @@ namespace dlfast {
 at::Tensor call_expand(const at::Tensor& grad, const at::Tensor& winner_mask, c10::SymIntArrayRef input_size,
                        const PoolOptions& options);
 
-// What backward is given as the winner mask: without pooling ReLU's own output tells where gradient passes.
-inline const at::Tensor& winner_mask_of(const PoolOptions& o, const at::Tensor& output,
-                                        const at::Tensor& winner_mask) {
-  return o.pool == Pool::none && o.activation != Activation::none ? output : winner_mask;
+// What a node keeps as the winner mask: without pooling ReLU's own output tells where gradient passes. `output` has
+// its history already.
+inline SavedVariable saved_winner_mask(const PoolOptions& o, const at::Tensor& output,
+                                       const at::Tensor& winner_mask) {
+  const bool is_output = o.pool == Pool::none && o.activation != Activation::none;
+  return is_output ? saved(output, /*is_output=*/true) : saved(winner_mask);
 }
 
 }  // namespace dlfast

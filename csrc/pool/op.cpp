@@ -1,7 +1,8 @@
 // The pass of activation and pooling on tensors, for CPU and CUDA alike.
 #include "pool/op.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/threshold_backward.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 

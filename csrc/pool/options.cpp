@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "core/checks.h"
 
@@ -78,27 +77,6 @@ ReluPoolParams params_of(const char* op, const PoolOptions& options, at::IntArra
               at::IntArrayRef(options.window.size, 2), " is larger than the padded convolution output of ",
               p.input_size[0], "x", p.input_size[1]);
   return p;
-}
-
-void save_options(torch::autograd::AutogradContext* ctx, const PoolOptions& o) {
-  const PoolWindow& w = o.window;
-  ctx->saved_data["pooling"] = std::vector<int64_t>{static_cast<int64_t>(o.activation),
-                                                    static_cast<int64_t>(o.pool),
-                                                    w.size[0],
-                                                    w.size[1],
-                                                    w.stride[0],
-                                                    w.stride[1],
-                                                    w.padding[0],
-                                                    w.padding[1],
-                                                    o.ceil_mode};
-}
-
-PoolOptions saved_pool_options(torch::autograd::AutogradContext* ctx) {
-  const std::vector<int64_t> v = ctx->saved_data["pooling"].toIntVector();
-  return {.activation = static_cast<Activation>(v[0]),
-          .pool = static_cast<Pool>(v[1]),
-          .window = {.size = {v[2], v[3]}, .stride = {v[4], v[5]}, .padding = {v[6], v[7]}},
-          .ceil_mode = v[8] != 0};
 }
 
 }  // namespace dlfast

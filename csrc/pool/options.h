@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
 #include <string_view>
@@ -39,10 +38,6 @@ ReluPoolParams params_of(const char* op, const PoolOptions& options, at::IntArra
 inline at::MemoryFormat format_of(const ReluPoolParams& p) {
   return p.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
-
-// For autograd, under a name of its own.
-void save_options(torch::autograd::AutogradContext* ctx, const PoolOptions& options);
-PoolOptions saved_pool_options(torch::autograd::AutogradContext* ctx);
 
 template <>
 struct SchemaArgs<const PoolOptions&> {

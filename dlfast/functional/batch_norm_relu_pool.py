@@ -11,9 +11,11 @@ from dlfast import reference
 from dlfast._native import native, runs_on
 from dlfast.functional.arguments import Size2, Sizes
 from dlfast.functional.modes import is_exporting, is_transformed
+from dlfast.functional.prepared import norm_block
 from dlfast.functional.relu_pool import fake_relu_pool2d
 from dlfast.functional.window import Window
 
+STATISTICS = 5  # of a channel: mean, variance, 1 / deviation, scale and shift; see csrc/norm/op.h
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -57,14 +59,27 @@ def batch_norm_relu_pool2d(
     >>> dlfast.nn.batch_norm_relu_pool2d(x, mean, var, training=True).shape
     torch.Size([8, 3, 5, 5])
     """
+    window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
+    return normalised(input, running_mean, running_var, weight, bias, training, momentum, eps, window)
+
+
+def normalised(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, training: bool, momentum: float, eps: float, window: Window,
+) -> Tensor:  # fmt: skip
+    """:func:`batch_norm_relu_pool2d` with a window that has been checked."""
     given = (input, running_mean, running_var, weight, bias)
     if has_torch_function(given):  # torch.fx, tensors of a class of their own
         return handle_torch_function(
-            batch_norm_relu_pool2d, given, *given, training=training, momentum=momentum, eps=eps,
-            activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,
-            pool_padding=pool_padding, ceil_mode=ceil_mode,
-        )  # fmt: skip
-    window = Window.checked(pool, pool_size, pool_stride, pool_padding, ceil_mode, activation)
+            batch_norm_relu_pool2d, given, *given, training=training, momentum=momentum, eps=eps, **window.options()
+        )  # type: ignore[no-any-return]
+    if runs_on(input.device) and not torch.compiler.is_compiling():
+        block = norm_block(
+            window.activation, window.pool, window.pool_size, window.pool_stride, window.pool_padding, window.ceil_mode
+        )
+        prepared: Tensor | None = block(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if prepared is not None:
+            return prepared
     tensors = [t for t in (running_mean, running_var, weight, bias) if t is not None]
     if not _is_native(input, tensors) or any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         return reference.batch_norm_relu_pool2d(
@@ -77,15 +92,15 @@ def batch_norm_relu_pool2d(
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
     save_winner_mask = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *tensors))
-    output, _, mean, var = torch.ops.dlfast._batch_norm_relu_pool2d.default(
+    output, _, statistics = torch.ops.dlfast._batch_norm_relu_pool2d.default(
         input, weight, bias, None if training else running_mean, None if training else running_var, eps,
         window.activation, window.pool, window.pool_size, window.pool_stride, window.pool_padding,
         window.ceil_mode, save_winner_mask,
     )  # fmt: skip
     if training:
         with torch.no_grad():
-            _move(running_mean, mean, momentum)
-            _move(running_var, var, momentum, count / (count - 1))
+            _move(running_mean, statistics[0], momentum)
+            _move(running_var, statistics[1], momentum, count / (count - 1))
     return output  # type: ignore[no-any-return]
 
 
@@ -109,7 +124,7 @@ def _fake_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
     eps: float, activation: str | None, pool: str | None, pool_size: Sizes, pool_stride: Sizes,
     pool_padding: Sizes, ceil_mode: bool, save_winner_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     output, winner_mask = fake_relu_pool2d(
         input,
         None,
@@ -122,20 +137,20 @@ def _fake_forward(
         save_winner_mask and pool == "max",
     )
     wide = torch.promote_types(input.dtype, torch.float32)
-    statistics = input.new_empty([0 if mean is not None else input.shape[1]], dtype=wide)
-    return output, winner_mask, statistics, torch.empty_like(statistics)
+    return output, winner_mask, input.new_empty([STATISTICS, input.shape[1]], dtype=wide)
 
 
 def _fake_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
-    winner_mask: Tensor, batch_statistics: bool, eps: float, activation: str | None, pool: str | None,
-    pool_size: Sizes, pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, statistics: Tensor, winner_mask: Tensor,
+    batch_statistics: bool, eps: float, activation: str | None, pool: str | None, pool_size: Sizes,
+    pool_stride: Sizes, pool_padding: Sizes, ceil_mode: bool, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_input = torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
-    vectors = [torch.empty_like(mean) if like is None else torch.empty_like(like) for like in (weight, bias)]
+    vector = statistics.new_empty([input.shape[1]], dtype=None if weight is None else weight.dtype)
     nothing = input.new_empty([0])
     grads = [
-        grad if wanted else nothing.clone() for grad, wanted in zip([grad_input, *vectors], output_mask, strict=True)
+        grad.clone() if wanted else nothing.clone()
+        for grad, wanted in zip((grad_input, vector, vector), output_mask, strict=True)
     ]
     return grads[0], grads[1], grads[2]
 

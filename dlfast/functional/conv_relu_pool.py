@@ -13,6 +13,7 @@ from dlfast._native import native, runs_on
 from dlfast.functional import flops
 from dlfast.functional.arguments import Size2, Sizes, pair, same_padding
 from dlfast.functional.modes import is_transformed
+from dlfast.functional.prepared import conv_block
 from dlfast.functional.relu_pool import fake_relu_pool2d
 
 
@@ -83,7 +84,19 @@ def conv_relu_pool2d(
             dilation=dilation, groups=groups, activation=activation, pool=pool, pool_size=pool_size,
             pool_stride=pool_stride, pool_padding=pool_padding, ceil_mode=ceil_mode,
         )  # fmt: skip
-    if not runs_on(input.device) or is_transformed():
+    on_device = runs_on(input.device)
+    if on_device and type(padding) is not str and not torch.compiler.is_compiling():
+        try:
+            block = conv_block(
+                stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode
+            )
+        except TypeError:  # of a list, or of what the operator below refuses
+            block = None
+        if block is not None:
+            output: Tensor | None = block(input, weight, bias)
+            if output is not None:
+                return output
+    if not on_device or is_transformed():
         return reference.conv_relu_pool2d(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             activation=activation, pool=pool, pool_size=pool_size, pool_stride=pool_stride,

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from dlfast.functional import batch_norm_relu_pool2d, relu_pool2d
+from dlfast.functional import relu_pool2d
 from dlfast.functional.arguments import Size2
+from dlfast.functional.batch_norm_relu_pool import normalised
 from dlfast.functional.modes import is_exporting
 from dlfast.functional.window import Window
 from dlfast.nn.conv import ConvReLUPool2d, convolve
@@ -35,9 +36,9 @@ def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:
         if bn.momentum is None:  # cumulative average
             momentum = 1.0 / float(bn.num_batches_tracked)
     keeps = updates or not bn.training
-    return batch_norm_relu_pool2d(
+    return normalised(
         input, bn.running_mean if keeps else None, bn.running_var if keeps else None, bn.weight, bn.bias,
-        training=uses_batch_statistics(bn), momentum=momentum, eps=bn.eps, **window.options(),
+        uses_batch_statistics(bn), momentum, bn.eps, window,
     )  # fmt: skip
 
 

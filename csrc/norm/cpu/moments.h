@@ -146,8 +146,8 @@ inline void add_slices(const double* partial, int64_t slices, int64_t numbers, d
   }
 }
 
-void norm_moments(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, void* mean_,
-                  void* var_, void* /*stream*/) {
+void norm_moments(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, const void* vectors_,
+                  void* /*stream*/) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     slice_moments(p, static_cast<const T*>(z), partial);
@@ -168,10 +168,11 @@ void norm_moments(const ReluPoolParams& p, Dtype dtype, const void* z, double* p
         squares[c] += of[1] + length * (of[0] - mean[c]) * (of[0] - mean[c]);
       }
     }
+    const auto& vectors = *static_cast<const TransformVectors<Compute<T>>*>(vectors_);
     for (int64_t c = 0; c < channels; ++c) {
       const double var = squares[c] / count;
-      static_cast<Compute<T>*>(mean_)[c] = static_cast<Compute<T>>(mean[c]);
-      static_cast<Compute<T>*>(var_)[c] = static_cast<Compute<T>>(var < 0 ? 0.0 : var);
+      vectors.set(c, mean[c], var < 0 ? 0.0 : var);
+      vectors.run(c);
     }
   });
 }

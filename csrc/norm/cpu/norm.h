@@ -207,7 +207,7 @@ Norm<T> norm_of(const ReluPoolParams& p, const void* scale, const void* shift, c
 
 void norm_reduce(const ReluPoolParams& p, Dtype dtype, const void* z, const void* grad_y,
                  const void* winner_mask, const void* scale, const void* shift, const void* mean,
-                 double* partial, void* sum_g, void* sum_gz, void* grad_z, void* /*stream*/) {
+                 double* partial, const void* vectors_, void* grad_z, void* /*stream*/) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     const Norm<T> norm = norm_of<T>(p, scale, shift, mean, nullptr, nullptr);
@@ -216,9 +216,10 @@ void norm_reduce(const ReluPoolParams& p, Dtype dtype, const void* z, const void
     const int64_t slices = norm_slices(p), numbers = 2 * p.channels;
     double* total = partial + slices * numbers;
     add_slices(partial, slices, numbers, total);
+    const auto& vectors = *static_cast<const GradientVectors<Compute<T>>*>(vectors_);
     for (int64_t c = 0; c < p.channels; ++c) {
-      static_cast<Compute<T>*>(sum_g)[c] = static_cast<Compute<T>>(total[2 * c]);
-      static_cast<Compute<T>*>(sum_gz)[c] = static_cast<Compute<T>>(total[2 * c + 1]);
+      vectors.set(c, total[2 * c], total[2 * c + 1]);
+      vectors.run(c);
     }
   });
 }

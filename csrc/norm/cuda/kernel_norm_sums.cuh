@@ -196,22 +196,22 @@ struct Winners : GradientSums<T> {
   }
 };
 
-// A block has a few neighbouring channels, whose splits its threads take turns with.
-template <typename Acc, bool kMoments>
+// A block has a few neighbouring channels, whose splits its threads take turns with. Vectors make the rest of
+// the two numbers of a channel.
+template <typename Vectors, bool kMoments>
 struct Whole {
   static constexpr int64_t kShared = kThreads * sizeof(double);
   static constexpr int32_t kChannels = 8, kTurns = static_cast<int32_t>(kThreads) / kChannels;
-  int64_t channels;
+  Vectors vectors;
   int32_t splits;
   double count;  // elements of a channel
   const Partial* partial;
-  Acc* first;
-  Acc* second;
 
   // The sum over all splits, in every thread of the channel.
   template <typename Term>
   DLFAST_DEVICE double sum(int32_t thread, void* shared, int64_t channel, Term term) const {
     double mine = 0;
+    const int64_t channels = vectors.channels;
     if (channel < channels) {
 #pragma unroll 4
       for (int32_t split = thread / kChannels; split < splits; split += kTurns) {
@@ -240,9 +240,9 @@ struct Whole {
       a = sum(thread, shared, channel, [](Partial of) { return of.first; });
       b = sum(thread, shared, channel, [](Partial of) { return of.second; });
     }
-    if (thread >= kChannels || channel >= channels) return;
-    first[channel] = static_cast<Acc>(a);
-    second[channel] = static_cast<Acc>(b);
+    if (thread >= kChannels || channel >= vectors.channels) return;
+    vectors.set(channel, a, b);
+    vectors.run(channel);
   }
 };
 

@@ -58,19 +58,16 @@ Extent dense_extent(const ReluPoolParams& p) {
   return {p, p.input_size, kBlocks};
 }
 
-template <int N, typename Elements>
-void run(const Extent& s, const Elements& elements, double* workspace, void* first, void* second,
-         double count, void* stream) {
-  using Acc = typename Elements::Acc;
-  using Sum = Whole<Acc, Elements::kMoments>;
+template <int N, typename Elements, typename Vectors>
+void run(const Extent& s, const Elements& elements, double* workspace, const Vectors& vectors, double count,
+         void* stream) {
+  using Sum = Whole<Vectors, Elements::kMoments>;
   const Start start{stream};
   channel_sums::walk<N>(s, elements, workspace, start);
-  start(Sum{.channels = s.channels,
+  start(Sum{.vectors = vectors,
             .splits = static_cast<int32_t>(s.splits()),
             .count = count,
-            .partial = reinterpret_cast<const Partial*>(workspace),
-            .first = static_cast<Acc*>(first),
-            .second = static_cast<Acc*>(second)},
+            .partial = reinterpret_cast<const Partial*>(workspace)},
         ceil_div(s.channels, Sum::kChannels));
 }
 
@@ -95,25 +92,26 @@ int64_t norm_partials_cuda(const ReluPoolParams& p) {
   return splits * p.channels * static_cast<int64_t>(sizeof(Partial) / sizeof(double));
 }
 
-void norm_moments_cuda(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, void* mean,
-                       void* var, void* stream) {
+void norm_moments_cuda(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial,
+                       const void* vectors_, void* stream) {
   using namespace norm_sums;
   launch_for(p, dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int N = kPackSize<T>;
     const Extent s = dense_extent(p);
     const Moments<T> elements{{}, static_cast<const T*>(z)};
+    const auto& vectors = *static_cast<const TransformVectors<Accumulator<T>>*>(vectors_);
     if (s.along() % N == 0 && aligned_to(16, z)) {
-      run<N>(s, elements, partial, mean, var, count_of(p), stream);
+      run<N>(s, elements, partial, vectors, count_of(p), stream);
     } else {
-      run<1>(s, elements, partial, mean, var, count_of(p), stream);
+      run<1>(s, elements, partial, vectors, count_of(p), stream);
     }
   });
 }
 
 void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, const void* grad_y,
                       const void* winner_mask, const void* scale_, const void* shift_, const void* mean_,
-                      double* partial, void* sum_g, void* sum_gz, void* grad_z, void* stream) {
+                      double* partial, const void* vectors_, void* grad_z, void* stream) {
   using namespace norm_sums;
   if (p.pool == Pool::avg) {
     ReluPoolParams undo = p;
@@ -127,16 +125,17 @@ void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, cons
     const T* z = static_cast<const T*>(z_);
     const T* g = static_cast<const T*>(p.pool == Pool::avg ? grad_z : grad_y);
     const Acc* mean = static_cast<const Acc*>(mean_);
+    const auto& vectors = *static_cast<const GradientVectors<Acc>*>(vectors_);
     const double count = count_of(p);
     if (p.pool == Pool::max) {
       const Extent s = pooled_extent(p);
       const bool narrow = std::max(p.input_numel(), p.output_numel()) <= kNarrowIndexLimit;
       if (!narrow) {
-        run<1>(s, winners<T, uint64_t>(p, z, g, winner_mask, mean), partial, sum_g, sum_gz, count, stream);
+        run<1>(s, winners<T, uint64_t>(p, z, g, winner_mask, mean), partial, vectors, count, stream);
       } else if (s.along() % N == 0 && aligned_to(16, g, mean) && winner_mask_in_packs(p, N, winner_mask)) {
-        run<N>(s, winners<T, uint32_t>(p, z, g, winner_mask, mean), partial, sum_g, sum_gz, count, stream);
+        run<N>(s, winners<T, uint32_t>(p, z, g, winner_mask, mean), partial, vectors, count, stream);
       } else {
-        run<1>(s, winners<T, uint32_t>(p, z, g, winner_mask, mean), partial, sum_g, sum_gz, count, stream);
+        run<1>(s, winners<T, uint32_t>(p, z, g, winner_mask, mean), partial, vectors, count, stream);
       }
       return;
     }
@@ -144,9 +143,9 @@ void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z_, cons
     const Acc *scale = static_cast<const Acc*>(scale_), *shift = static_cast<const Acc*>(shift_);
     const Dense<T> elements{{{}, z, g, mean}, {scale, shift}, p.activation == Activation::relu};
     if (s.along() % N == 0 && aligned_to(16, z, g, mean, scale, shift)) {
-      run<N>(s, elements, partial, sum_g, sum_gz, count, stream);
+      run<N>(s, elements, partial, vectors, count, stream);
     } else {
-      run<1>(s, elements, partial, sum_g, sum_gz, count, stream);
+      run<1>(s, elements, partial, vectors, count, stream);
     }
   });
 }
@@ -163,7 +162,5 @@ void norm_vectors_cuda(const Vectors& vectors, void* stream) {
 
 template void norm_vectors_cuda(const TransformVectors<float>&, void*);
 template void norm_vectors_cuda(const TransformVectors<double>&, void*);
-template void norm_vectors_cuda(const GradientVectors<float>&, void*);
-template void norm_vectors_cuda(const GradientVectors<double>&, void*);
 
 }  // namespace dlfast

@@ -5,10 +5,10 @@
 
 namespace dlfast {
 
-void norm_moments_cuda(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial, void* mean,
-                       void* var, void* stream);
+void norm_moments_cuda(const ReluPoolParams& p, Dtype dtype, const void* z, double* partial,
+                       const void* vectors, void* stream);
 void norm_reduce_cuda(const ReluPoolParams& p, Dtype dtype, const void* z, const void* grad_y,
                       const void* winner_mask, const void* scale, const void* shift, const void* mean,
-                      double* partial, void* sum_g, void* sum_gz, void* grad_z, void* stream);
+                      double* partial, const void* vectors, void* grad_z, void* stream);
 
 }  // namespace dlfast

@@ -42,8 +42,8 @@ TORCH_LIBRARY(dlfast, m) {
       "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode) -> Tensor");
 
   // ---- Batch normalisation, activation and pooling ----------------------------------------------------
-  // mean and var [C] are given where they are fixed; else they are the batch's, var the biased one. statistics
-  // [5, C] are mean, var, 1 / deviation, scale and shift (see norm/op.h). winner_mask is that of
+  // mean and var [C] are given where they are fixed; else they are the batch's, var the biased one.
+  // statistics [5, C] are mean, var, 1 / deviation, scale and shift (see norm/op.h). winner_mask is that of
   // _conv_relu_pool2d for max pooling and else empty.
   m.def(
       "_batch_norm_relu_pool2d(Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "

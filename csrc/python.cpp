@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "chain/conv_norm.h"
 #include "conv/autograd.h"
 #include "conv/cpu_kind.h"
 #include "conv/heuristics.h"
@@ -100,6 +101,22 @@ void bind_prepared(py::module_& m) {
              bool training, double momentum, double eps) {
             return dlfast::batch_norm_relu_pool2d(input, running_mean, running_var, weight, bias, training,
                                                   momentum, eps, options);
+          },
+          no_gil, "None where the tensors are not plain, or none that the operator takes");
+  py::class_<dlfast::ConvNormOptions>(
+      m, "ConvNormBlock", "A convolution and batch_norm_relu_pool2d in training, for plain tensors")
+      .def(py::init([](const PublicOptions& conv, const PoolOptions& pool) {
+        return dlfast::ConvNormOptions{conv.conv, pool};
+      }))
+      .def(
+          "__call__",
+          [](const dlfast::ConvNormOptions& options, const at::Tensor& input, const at::Tensor& weight,
+             const OptionalTensor& bias, const OptionalTensor& running_mean,
+             const OptionalTensor& running_var, const OptionalTensor& norm_weight,
+             const OptionalTensor& norm_bias, double momentum, double eps) {
+            return dlfast::conv_norm_pool2d(
+                {input, weight, bias, running_mean, running_var, norm_weight, norm_bias}, momentum, eps,
+                options);
           },
           no_gil, "None where the tensors are not plain, or none that the operator takes");
 }

@@ -23,9 +23,10 @@ EDGES: dict[str, frozenset[str]] = {
     "pool": frozenset({"core"}),
     "norm": frozenset({"core", "pool"}),
     "conv": frozenset({"core", "pool"}),
+    "chain": frozenset({"core", "pool", "norm", "conv"}),
     "optim": frozenset({"core"}),
     "simd": frozenset({"core", "pool", "norm", "conv", "optim"}),
-    "": frozenset({"core", "pool", "norm", "conv", "optim", "simd"}),  # library.cpp, python.cpp
+    "": frozenset({"core", "pool", "norm", "conv", "chain", "optim", "simd"}),  # library.cpp, python.cpp
 }
 
 STANDARD = r"[a-z_]+"  # <vector>, <cstdint>
@@ -57,7 +58,7 @@ KINDS: dict[str, Kind] = {
     # What every body and operator may see: plain data, arithmetic, the vocabulary of vectors and packs.
     "portability": _kind(r"core/portability\.h", "", STANDARD, CUDA),
     "check": _kind(r"core/launch_check\.h", "", r"c10/cuda/CUDAException\.h", r"c10/util/Exception\.h"),
-    "torch": _kind(r"core/(checks|gradients|node|operator|plain)\.h", "plain torch", STANDARD, TORCH),
+    "torch": _kind(r"core/(autocast|checks|gradients|node|operator|plain)\.h", "plain torch", STANDARD, TORCH),
     "prelude": _kind(r"core/cpu_prelude\.h", "plain", STANDARD, r"ATen/Parallel\.h", r"c10/util/(BFloat16|Half)\.h"),
     "vectors": _kind(r"core/(vec|low_precision|level|peak)\.h", "plain prelude vectors", STANDARD, r"immintrin\.h"),
     "plain": _kind(

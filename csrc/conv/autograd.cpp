@@ -3,7 +3,6 @@
 // Everything here takes symbolic sizes, so that torch.compile and torch.export trace through it.
 #include "conv/autograd.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/convolution_backward.h>
 #include <torch/library.h>
@@ -16,6 +15,7 @@
 #include "conv/heuristics.h"
 #include "conv/measure_block.h"
 #include "conv/op.h"
+#include "core/autocast.h"
 #include "core/node.h"
 #include "core/operator.h"
 #include "core/plain.h"
@@ -29,10 +29,9 @@ using c10::SymInt;
 using Forward = std::tuple<Tensor, Tensor>;  // output, winner mask
 
 Forward call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                        const BlockOptions& options, bool save_winner_mask,
-                                        const ChosenAlgorithms& algorithms) {
-  static const Operator<Forward(const Tensor&, const Tensor&, const OptionalTensor&, const BlockOptions&, bool,
-                                const ChosenAlgorithms&)>
+                     const BlockOptions& options, bool save_winner_mask, const ChosenAlgorithms& algorithms) {
+  static const Operator<Forward(const Tensor&, const Tensor&, const OptionalTensor&, const BlockOptions&,
+                                bool, const ChosenAlgorithms&)>
       op("dlfast::_conv_relu_pool2d");
   return op(input, weight, bias, options, save_winner_mask, algorithms);
 }
@@ -67,8 +66,11 @@ std::vector<SymInt> symbolic(const int64_t (&pair)[2]) {
 
 // ---- Derivatives --------------------------------------------------------------------------------------
 
-Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& winner_mask,
-                   const BlockOptions& options, Mask mask, const ChosenAlgorithms& algorithms) {
+}  // namespace
+
+Gradients conv_gradients(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                         const Tensor& winner_mask, const BlockOptions& options, Mask mask,
+                         const ChosenAlgorithms& algorithms) {
   if (!records(grad, input, weight)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return are_plain(input, grad, weight, winner_mask)
@@ -84,6 +86,8 @@ Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& weight
                                          /*transposed=*/false, /*output_padding=*/symbolic({0, 0}), c.groups,
                                          mask);
 }
+
+namespace {
 
 struct ConvReluPoolBackward : torch::autograd::Node {
   SavedVariable input, weight, winner_mask;
@@ -105,8 +109,8 @@ struct ConvReluPoolBackward : torch::autograd::Node {
     // A bias that is not there is no input that autograd counts.
     const Mask mask = {task_should_compute_output(0), task_should_compute_output(1),
                        biased && task_should_compute_output(2)};
-    return gradient_list(mask, backward(grads[0], input.unpack(), weight.unpack(),
-                                        winner_mask.unpack(getptr()), options, mask, algorithms));
+    return gradient_list(mask, conv_gradients(grads[0], input.unpack(), weight.unpack(),
+                                              winner_mask.unpack(getptr()), options, mask, algorithms));
   }
 };
 
@@ -137,7 +141,7 @@ Forward forward(const Tensor& input, const Tensor& weight, const OptionalTensor&
 Gradients backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& weight,
                             const Tensor& winner_mask, const BlockOptions& options, Mask mask,
                             const ChosenAlgorithms& algorithms) {
-  return filled(backward(grad, input, weight, winner_mask, options, mask, algorithms), input);
+  return filled(conv_gradients(grad, input, weight, winner_mask, options, mask, algorithms), input);
 }
 
 // ---- The public operator ------------------------------------------------------------------------------
@@ -166,23 +170,13 @@ Tensor conv_relu_pool2d(const Tensor& input, const Tensor& weight, const Optiona
   return batched ? y : y.squeeze(0);
 }
 
-// As autocast does for conv2d: run `op` in the lower precision.
-template <typename Op>
-Tensor in_lower_precision(c10::DeviceType device, const Tensor& input, const Tensor& weight,
-                          const OptionalTensor& bias, const PublicOptions& options, const Op& op) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
-  return op(cast(input), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, options);
-}
-
 template <c10::DeviceType device>
 Tensor conv_relu_pool2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                  const PublicOptions& options) {
   static const Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const PublicOptions&)> op(
       "dlfast::conv_relu_pool2d");
-  return in_lower_precision(device, input, weight, bias, options, op);
+  const LowerPrecision cast(device);
+  return op(cast(input), cast(weight), cast(bias), options);
 }
 
 }  // namespace
@@ -192,7 +186,8 @@ std::optional<Tensor> conv_relu_pool2d_plain(const Tensor& input, const Tensor& 
   if (!are_plain(input, weight, bias)) return std::nullopt;
   const c10::DeviceType device = input.device().type();
   if (!at::autocast::is_autocast_enabled(device)) return conv_relu_pool2d(input, weight, bias, options);
-  return in_lower_precision(device, input, weight, bias, options, conv_relu_pool2d);
+  const LowerPrecision cast(device);
+  return conv_relu_pool2d(cast(input), cast(weight), cast(bias), options);
 }
 
 TORCH_LIBRARY_IMPL(dlfast, CompositeImplicitAutograd, m) {
@@ -205,13 +200,11 @@ TORCH_LIBRARY_IMPL(dlfast, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(dlfast, AutocastCPU, m) {
-  m.impl("conv_relu_pool2d",
-         kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCPU>>);
+  m.impl("conv_relu_pool2d", kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCPU>>);
 }
 
 TORCH_LIBRARY_IMPL(dlfast, AutocastCUDA, m) {
-  m.impl("conv_relu_pool2d",
-         kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCUDA>>);
+  m.impl("conv_relu_pool2d", kernel_of<"conv_relu_pool2d", conv_relu_pool2d_autocast<c10::kCUDA>>);
 }
 
 }  // namespace dlfast

@@ -92,6 +92,8 @@ Forward convolve_block(const Tensor& input, const Tensor& weight, const Optional
   };
   // cuDNN's convolution takes a pass of its own for the bias, which ours saves.
   const auto pytorch = [&] {
+    if (options.pool.is_nothing())
+      return Forward{q.convolve(bias), empty_winner_mask(q.p.pool, input, false)};
     return input.is_cpu() ? pytorch_on_cpu(q, bias, save_winner_mask)
                           : relu_pool2d_in(q.p.pool.channels_last, q.convolve(std::nullopt), bias,
                                            options.pool, save_winner_mask);
@@ -265,8 +267,8 @@ namespace {
 Gradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                    const Tensor& winner_mask, const BlockOptions& options, Mask mask,
                    const ChosenAlgorithms& algorithms) {
-  return filled(
-      convolve_block_backward(grad_output, input, weight, winner_mask, options, mask, algorithms), input);
+  return filled(convolve_block_backward(grad_output, input, weight, winner_mask, options, mask, algorithms),
+                input);
 }
 
 void register_all(torch::Library& m) {

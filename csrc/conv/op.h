@@ -20,7 +20,6 @@ std::tuple<at::Tensor, at::Tensor> convolve_block(const at::Tensor& input, const
 // Gradients of input, weight and bias; undefined where the mask does not ask for them.
 Gradients convolve_block_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                   const at::Tensor& weight, const at::Tensor& winner_mask,
-                                  const BlockOptions& options, Mask mask,
-                                  const ChosenAlgorithms& algorithms);
+                                  const BlockOptions& options, Mask mask, const ChosenAlgorithms& algorithms);
 
 }  // namespace dlfast

@@ -18,7 +18,9 @@ inline at::Tensor defined_if(bool wanted, const at::Tensor& tensor) {
 
 // As operators return them: an empty tensor where one is not there.
 inline Gradients filled(const Gradients& grads, const at::Tensor& like) {
-  const auto one = [&](const at::Tensor& grad) { return grad.defined() ? grad : at::empty({0}, like.options()); };
+  const auto one = [&](const at::Tensor& grad) {
+    return grad.defined() ? grad : at::empty({0}, like.options());
+  };
   return {one(std::get<0>(grads)), one(std::get<1>(grads)), one(std::get<2>(grads))};
 }
 

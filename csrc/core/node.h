@@ -1,5 +1,5 @@
-// Derivatives as nodes of PyTorch's graph. What a node keeps are plain members: a torch::autograd::Function keeps
-// them in a map of names, which costs more than some of the kernels.
+// Derivatives as nodes of PyTorch's graph. What a node keeps are plain members: a torch::autograd::Function
+// keeps them in a map of names, which costs more than some of the kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -34,8 +34,8 @@ bool records(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (asks_gradient(tensors) || ...);
 }
 
-// A node between `inputs` and what it will be the history of. PyTorch counts references to nodes in one of two
-// ways, by its version.
+// A node between `inputs` and what it will be the history of. PyTorch counts references to nodes in one of
+// two ways, by its version.
 template <typename N, typename Pointer = NodePointer, typename... Inputs>
 auto make_node(const Inputs&... inputs) {
   const auto linked = [&](auto node) {

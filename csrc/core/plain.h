@@ -1,5 +1,5 @@
-// Whether tensors are PyTorch's own, dense, on one of our devices, and nobody looks on: then an operator may run
-// its kernel without asking the dispatcher, which would come to the same.
+// Whether tensors are PyTorch's own, dense, on one of our devices, and nobody looks on: then an operator may
+// run its kernel without asking the dispatcher, which would come to the same.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,10 +23,9 @@ inline bool is_plain(const at::Tensor& first, c10::DispatchKeySet of_others) {
   if (!first.is_cpu() && !first.is_cuda()) return false;
   const c10::impl::LocalDispatchKeySet here = c10::impl::tls_local_dispatch_key_set();
   const c10::DispatchKeySet keys = ((first.key_set() | of_others) | here.included_) - here.excluded_;
-  constexpr c10::DispatchKeySet known =
-      c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::AutogradFunctionality,
-                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect,
-                           c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
+  constexpr c10::DispatchKeySet known = c10::DispatchKeySet(
+      {c10::DispatchKey::Dense, c10::DispatchKey::AutogradFunctionality, c10::DispatchKey::ADInplaceOrView,
+       c10::DispatchKey::BackendSelect, c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
   // The set also tells devices, which this leaves in: those who check operands compare them.
   return ((keys - known).raw_repr() & ~c10::full_backend_mask) == 0;
 }

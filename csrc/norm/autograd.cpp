@@ -6,6 +6,7 @@
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -59,9 +60,11 @@ Tensor gradient_before_activation(const Tensor& grad, const Tensor& input, const
   return dense.masked_fill(dead, 0);
 }
 
-Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
-                   const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics, double eps,
-                   const PoolOptions& options, Mask mask) {
+}  // namespace
+
+Gradients norm_gradients(const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
+                         const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics,
+                         double eps, const PoolOptions& options, Mask mask) {
   if (!records(grad, input, weight)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return are_plain(input, grad, weight, statistics, winner_mask)
@@ -76,25 +79,31 @@ Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor
                                         statistics.select(0, kInverse), batch_statistics, eps, mask);
 }
 
-// What the operator takes; all else PyTorch computes, or refuses.
-bool takes(const Tensor& input) {
-  if (input.dim() != 4 || input.numel() == 0 || input.layout() != at::kStrided) return false;
-  switch (input.scalar_type()) {
+bool takes_normalisation(at::ScalarType dtype, int64_t channels, c10::Device device,
+                         std::initializer_list<std::reference_wrapper<const OptionalTensor>> vectors) {
+  switch (dtype) {
     case at::kFloat:
     case at::kDouble:
     case at::kBFloat16:
     case at::kHalf:
-      return true;
+      break;
     default:
       return false;
   }
+  const at::ScalarType wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  return std::all_of(vectors.begin(), vectors.end(), [&](const OptionalTensor& vector) {
+    return !is_given(vector) ||
+           (vector->dim() == 1 && vector->size(0) == channels && vector->device() == device &&
+            (vector->scalar_type() == dtype || vector->scalar_type() == wide));
+  });
 }
 
-bool fits(const Tensor& vector, const Tensor& input) {
-  const at::ScalarType wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return vector.dim() == 1 && vector.size(0) == input.size(1) && vector.device() == input.device() &&
-         (vector.scalar_type() == input.scalar_type() || vector.scalar_type() == wide);
+void check_batch(const Tensor& input) {
+  TORCH_CHECK_VALUE(input.numel() > input.size(1),
+                    "Expected more than 1 value per channel when training, got input size ", input.sizes());
 }
+
+namespace {
 
 struct BatchNormReluPoolBackward : torch::autograd::Node {
   SavedVariable input, weight, statistics, winner_mask;
@@ -115,8 +124,8 @@ struct BatchNormReluPoolBackward : torch::autograd::Node {
     check_saved("batch_norm_relu_pool2d", has_winner_mask);
     const Mask mask = {task_should_compute_output(0), task_should_compute_output(1),
                        task_should_compute_output(2)};
-    return gradient_list(mask, backward(grads[0], input.unpack(), unpacked(weight), statistics.unpack(),
-                                        winner_mask.unpack(), batch_statistics, eps, options, mask));
+    return gradient_list(mask, norm_gradients(grads[0], input.unpack(), unpacked(weight), statistics.unpack(),
+                                              winner_mask.unpack(), batch_statistics, eps, options, mask));
   }
 };
 
@@ -157,7 +166,8 @@ Gradients backward_autograd(const Tensor& grad, const Tensor& input, const Optio
                             const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics,
                             double eps, const PoolOptions& options, Mask mask) {
   return filled(
-      backward(grad, input, weight, statistics, winner_mask, batch_statistics, eps, options, mask), input);
+      norm_gradients(grad, input, weight, statistics, winner_mask, batch_statistics, eps, options, mask),
+      input);
 }
 
 }  // namespace
@@ -167,15 +177,14 @@ std::optional<Tensor> batch_norm_relu_pool2d(const Tensor& input, const Optional
                                              const OptionalTensor& bias, bool training, double momentum,
                                              double eps, const PoolOptions& options) {
   const bool given = is_given(running_mean) && is_given(running_var);
-  if (!are_plain(input, running_mean, running_var, weight, bias) || !takes(input) || (!training && !given)) {
+  if (input.dim() != 4 || input.numel() == 0 || (!training && !given) ||
+      !are_plain(input, running_mean, running_var, weight, bias) || asks_gradient(running_mean) ||
+      asks_gradient(running_var) ||
+      !takes_normalisation(input.scalar_type(), input.size(1), input.device(),
+                           {running_mean, running_var, weight, bias})) {
     return std::nullopt;
   }
-  for (const OptionalTensor* vector : {&running_mean, &running_var, &weight, &bias}) {
-    if (is_given(*vector) && !fits(**vector, input)) return std::nullopt;
-  }
-  if (asks_gradient(running_mean) || asks_gradient(running_var)) return std::nullopt;
-  TORCH_CHECK_VALUE(!training || input.numel() > input.size(1),
-                    "Expected more than 1 value per channel when training, got input size ", input.sizes());
+  if (training) check_batch(input);
   const bool save_winner_mask = records(input, weight, bias);
   const OptionalTensor none;
   return std::get<0>(recorded(input, weight, bias, training, eps, options, save_winner_mask, [&] {
@@ -187,8 +196,7 @@ std::optional<Tensor> batch_norm_relu_pool2d(const Tensor& input, const Optional
 
 TORCH_LIBRARY_IMPL(dlfast, Autograd, m) {
   m.impl("_batch_norm_relu_pool2d", kernel_of<"batch_norm_relu_pool2d", forward_autograd>);
-  m.impl("_batch_norm_relu_pool2d_backward",
-         kernel_of<"batch_norm_relu_pool2d_backward", backward_autograd>);
+  m.impl("_batch_norm_relu_pool2d_backward", kernel_of<"batch_norm_relu_pool2d_backward", backward_autograd>);
 }
 
 }  // namespace dlfast

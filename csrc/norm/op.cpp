@@ -246,8 +246,8 @@ Normalised forward(const Tensor& input, const OptionalTensor& weight, const Opti
 }
 
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                   const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics,
-                   double /*eps*/, const PoolOptions& options, Mask mask) {
+                   const Tensor& statistics, const Tensor& winner_mask, bool batch_statistics, double /*eps*/,
+                   const PoolOptions& options, Mask mask) {
   return filled(normalise_backward(grad_output, input, weight, statistics, winner_mask, batch_statistics,
                                    options, mask),
                 input);

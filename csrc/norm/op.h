@@ -20,8 +20,8 @@ struct RunningStatistics {
   double momentum;
 };
 
-// Output, winner mask, statistics. Normalises with `mean` and `var` where they are given, else with those of the
-// batch, which then move `running`.
+// Output, winner mask, statistics. Normalises with `mean` and `var` where they are given, else with those of
+// the batch, which then move `running`.
 using Normalised = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 Normalised normalise(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& mean, const OptionalTensor& var, double eps,

@@ -8,14 +8,14 @@
 
 namespace dlfast {
 
-// 1 / standard deviation, and the scale and shift that stand for the whole normalisation. Of a batch also what
-// the running statistics become.
+// 1 / standard deviation, and the scale and shift that stand for the whole normalisation. Of a batch also
+// what the running statistics become.
 template <typename Acc_>
 struct TransformVectors {
   using Acc = Acc_;
   int64_t channels;
   double eps;
-  const Acc *weight, *bias;  // may be null
+  const Acc *weight, *bias;           // may be null
   const Acc *fixed_mean, *fixed_var;  // null where they are those of a batch, which set() then tells
   Acc *mean, *var;
   Acc *inverse, *scale, *shift;

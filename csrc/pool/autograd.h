@@ -12,8 +12,8 @@ namespace dlfast {
 at::Tensor call_expand(const at::Tensor& grad, const at::Tensor& winner_mask, c10::SymIntArrayRef input_size,
                        const PoolOptions& options);
 
-// What a node keeps as the winner mask: without pooling ReLU's own output tells where gradient passes. `output` has
-// its history already.
+// What a node keeps as the winner mask: without pooling ReLU's own output tells where gradient passes.
+// `output` has its history already.
 inline SavedVariable saved_winner_mask(const PoolOptions& o, const at::Tensor& output,
                                        const at::Tensor& winner_mask) {
   const bool is_output = o.pool == Pool::none && o.activation != Activation::none;

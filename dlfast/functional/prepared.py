@@ -47,3 +47,20 @@ def norm_block(
     """``batch_norm_relu_pool2d`` with this window, which has been checked: a call with input, running statistics,
     weight, bias, training, momentum and eps."""
     return native.module.NormBlock(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode)
+
+
+@lru_cache(maxsize=KEPT, typed=True)
+def conv_norm_block(
+    stride: Size2, padding: Size2, dilation: Size2, groups: int, activation: str | None, pool: str | None,
+    pool_size: Size2, pool_stride: Size2, pool_padding: Size2, ceil_mode: bool,
+) -> Any:  # fmt: skip
+    """A convolution and ``batch_norm_relu_pool2d`` in training as one: a call with input, weight and bias of the
+    convolution, running statistics, weight and bias of the normalisation, momentum and eps.
+
+    Raises:
+        TypeError: an option of the convolution is not of a type that it takes.
+        RuntimeError: an option is outside what is accepted.
+    """
+    convolution = conv_block(stride, padding, dilation, groups, None, None, 1, 1, 0, False)
+    window = norm_block(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode)
+    return native.module.ConvNormBlock(convolution, window)

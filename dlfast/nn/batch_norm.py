@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
+from dlfast._native import runs_on
 from dlfast.functional import relu_pool2d
 from dlfast.functional.arguments import Size2
 from dlfast.functional.batch_norm_relu_pool import normalised
 from dlfast.functional.modes import is_exporting
+from dlfast.functional.prepared import conv_norm_block
 from dlfast.functional.window import Window
 from dlfast.nn.conv import ConvReLUPool2d, convolve
 from dlfast.nn.folding import Fold
@@ -27,28 +31,66 @@ def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or (bn._buffers["running_mean"] is None and bn.running_var is None)
 
 
+def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that a call uses or moves."""
+    if bn.training and not bn.track_running_stats:
+        return None, None
+    return bn.running_mean, bn.running_var
+
+
+def _counter(bn: nn.BatchNorm2d) -> Tensor | None:
+    """What counts the batches, where a call does."""
+    return bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+
+
+def _momentum(bn: nn.BatchNorm2d, batches: float) -> float:
+    """How far the running statistics move; None asks for their average over `batches`."""
+    if bn.momentum is not None:
+        return bn.momentum
+    return 1.0 / batches if batches else 0.0
+
+
 def normalise(bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor:
     """What `bn` does to `input` in its present mode, its running statistics included, then `window`."""
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    updates = bn.training and bn.track_running_stats
-    if updates and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    keeps = updates or not bn.training
+    counter = _counter(bn)
+    if counter is not None:
+        counter.add_(1)
+    momentum = _momentum(bn, 0.0 if bn.momentum is not None or counter is None else float(counter))
     return normalised(
-        input, bn.running_mean if keeps else None, bn.running_var if keeps else None, bn.weight, bn.bias,
-        uses_batch_statistics(bn), momentum, bn.eps, window,
+        input, *_running(bn), bn.weight, bn.bias, uses_batch_statistics(bn), momentum, bn.eps, window
     )  # fmt: skip
+
+
+def _as_one(conv: nn.Conv2d, bn: nn.BatchNorm2d, input: Tensor, window: Window) -> Tensor | None:
+    """What `conv` and `bn`, with the statistics of the batch, and `window` make of `input` as one operator; None where
+    that does not take them."""
+    if type(conv.padding) is str or conv.padding_mode != "zeros" or torch.compiler.is_compiling():
+        return None
+    tensors = (input, conv.weight, conv.bias, *_running(bn), bn.weight, bn.bias)
+    if not runs_on(input.device) or has_torch_function(tensors):
+        return None
+    block = conv_norm_block(
+        conv.stride, conv.padding, conv.dilation, conv.groups, window.activation, window.pool, window.pool_size,
+        window.pool_stride, window.pool_padding, window.ceil_mode,
+    )  # fmt: skip
+    counter = _counter(bn)
+    momentum = _momentum(bn, 0.0 if bn.momentum is not None or counter is None else float(counter) + 1)
+    output: Tensor | None = block(*tensors, momentum, bn.eps)
+    if output is not None and counter is not None:
+        counter.add_(1)
+    return output
 
 
 def convolve_and_normalise(
     conv: nn.Conv2d, bn: nn.BatchNorm2d, input: Tensor, window: Window, fold: Fold
 ) -> Tensor:  # fmt: skip
     """What `conv`, `bn` in its present mode and `window` make of `input`; in evaluation folded, where `fold` allows."""
-    if not uses_batch_statistics(bn) and not is_exporting():
-        folded = fold.tensors(conv, bn)
-        if folded is not None:
+    if not is_exporting():
+        if uses_batch_statistics(bn):
+            output = _as_one(conv, bn, input, window)
+            if output is not None:
+                return output
+        elif (folded := fold.tensors(conv, bn)) is not None:
             return convolve(conv, input, *folded, window.options())
     return normalise(bn, convolve(conv, input, conv.weight, conv.bias, CONVOLUTION.options()), window)
 

@@ -72,7 +72,7 @@ def normalised(
     if has_torch_function(given):  # torch.fx, tensors of a class of their own
         return handle_torch_function(
             batch_norm_relu_pool2d, given, *given, training=training, momentum=momentum, eps=eps, **window.options()
-        )  # type: ignore[no-any-return]
+        )
     if runs_on(input.device) and not torch.compiler.is_compiling():
         block = norm_block(
             window.activation, window.pool, window.pool_size, window.pool_stride, window.pool_padding, window.ceil_mode

@@ -17,6 +17,11 @@ from dlfast.functional.arguments import Size2
 KEPT = 4096
 
 
+def _compiled() -> Any:
+    assert native.module is not None, "only devices that compiled operators run on get here"
+    return native.module
+
+
 def _both(value: Size2) -> Any:
     return (value, value) if isinstance(value, int) else value
 
@@ -33,7 +38,7 @@ def conv_block(
         RuntimeError: an option is outside what is accepted.
         ValueError: ``activation`` or ``pool`` is none of the accepted names.
     """
-    return native.module.ConvBlock(
+    return _compiled().ConvBlock(
         _both(stride), _both(padding), _both(dilation), groups, activation, pool, _both(pool_size),
         _both(pool_size if pool_stride is None else pool_stride), _both(pool_padding), ceil_mode,
     )  # fmt: skip
@@ -46,7 +51,7 @@ def norm_block(
 ) -> Any:  # fmt: skip
     """``batch_norm_relu_pool2d`` with this window, which has been checked: a call with input, running statistics,
     weight, bias, training, momentum and eps."""
-    return native.module.NormBlock(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode)
+    return _compiled().NormBlock(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode)
 
 
 @lru_cache(maxsize=KEPT, typed=True)
@@ -63,4 +68,4 @@ def conv_norm_block(
     """
     convolution = conv_block(stride, padding, dilation, groups, None, None, 1, 1, 0, False)
     window = norm_block(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode)
-    return native.module.ConvNormBlock(convolution, window)
+    return _compiled().ConvNormBlock(convolution, window)

@@ -127,7 +127,12 @@ def test_overhead_of_steps_and_blocks(tmp_path, monkeypatch, capsys):
     blocks = [row for row in rows if "1x1x8x8" in row["problem"]]
     assert {row["variant"] for row in blocks} == {"dlfast", "PyTorch"}
     assert {row["quantity"] for row in blocks} == {"forward", "forward + backward"}
-    assert len(rows) == 4 * 4 + 2 * 2 * 2
+    chains = [row for row in rows if "conv → " in row["problem"]]
+    assert {row["problem"].split(",")[0] for row in chains} == {
+        "conv → bn → relu", "conv → bn → relu → max pool", "conv → relu", "conv → relu → max pool"
+    }  # fmt: skip
+    assert len(chains) == (2 * 4 + 1) * 2
+    assert len(rows) == 4 * 4 + 2 * 2 * 2 + len(chains)
     assert all(0 < row["seconds"] < 0.1 for row in rows)
     assert "optimizer step, step: geometric mean" in capsys.readouterr().out
 
@@ -148,6 +153,16 @@ def test_overhead_is_that_of_steps_that_are_taken():
         variant.calls["forward + backward"]()
         assert variant.input.grad.any()
         assert all(p.grad is not None for p in variant.module.parameters())
+
+
+@pytest.mark.parametrize("pool", [None, torch.nn.MaxPool2d(2)], ids=["", "pooled"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_overhead_of_chains_is_of_the_same_work(normalised, pool):
+    plain = overhead.layers_of(normalised, pool, "cpu")
+    ours = overhead.fused(plain)
+    x = torch.randn(2, overhead.CHANNELS, overhead.SIZE, overhead.SIZE)
+    torch.testing.assert_close(ours(x), torch.nn.Sequential(*plain)(x))
+    assert list(ours.parameters()) == [p for layer in plain for p in layer.parameters()]
 
 
 @needs_native

@@ -47,6 +47,7 @@ def test_every_folder_has_its_edges_and_none_runs_back():
         ("pool/op.cpp", includes("conv/options.h"), "pool may not see conv"),
         ("pool/cpu/window.h", includes("conv/cpu/kernels.h"), "pool may not see conv"),
         ("norm/op.cpp", includes("conv/options.h"), "norm may not see conv"),
+        ("conv/autograd.cpp", includes("chain/conv_norm.h"), "conv may not see chain"),
         ("optim/step.h", includes("conv/params.h"), "optim may not see conv"),
         ("conv/op_cpu.cpp", includes("simd/kernels.h"), "conv may not see simd"),
         ("conv/cuda/kernel_fma.cuh", includes("conv/cuda/launch_conv.cuh"), "may not see one of the kind 'launch'"),

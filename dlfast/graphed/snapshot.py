@@ -1,0 +1,106 @@
+"""What training has come to, kept while a step is tried out, and put back in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlfast.graphed.plain import PlainStep
+from dlfast.optim._step import FusedStep
+
+# What torch.optim's optimizers make at their first step, and begin with.
+FIRST = dict.fromkeys(
+    ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg")
+    + ("acc_delta",),
+    0.0,
+) | {"mu_product": 1.0}
+# Of an optimizer, beside its states: what its last step said, and what learning-rate schedules ask for.
+TOLD = ("_skipped", "grad_norm", "_opt_called")
+
+
+class Snapshot:
+    """The values of all that a step writes, as they were when this was made; random numbers are kept elsewhere."""
+
+    def __init__(self, step: PlainStep) -> None:
+        optimizer = step.optimizer
+        self._step = step
+        self._values = {key: t.detach().clone() for key, t in self._written().items()}
+        self._entries = {p: dict(entry) for p, entry in _entries(optimizer).items()}
+        self._grads = [(p, p.grad) for p in step.params()]
+        self._told = {name: vars(optimizer)[name] for name in TOLD if name in vars(optimizer)}
+        self._scaler: dict[str, Any] = {} if step.scaler is None else step.scaler.state_dict()
+        self._scaled = {} if step.scaler is None else dict(step.scaler._per_optimizer_states)
+
+    def make_states(self) -> None:
+        """Let the optimizer make what it lacks for the gradients that are there, and note its first values.
+
+        Raises:
+            RuntimeError: an optimizer of ``torch.optim`` begins with what is not known here.
+        """
+        optimizer, device = self._step.optimizer, self._step.device
+        if isinstance(optimizer, FusedStep):
+            optimizer._make_states(device)
+        else:
+            optimizer.step()
+        for key, t in self._written().items():
+            if key not in self._values:
+                own = isinstance(optimizer, FusedStep)
+                self._values[key] = t.detach().clone() if own else self._first(key, t)
+
+    def _first(self, key: tuple[Any, ...], t: Tensor) -> Tensor:
+        optimizer = self._step.optimizer
+        name = key[-1]
+        damped = name == "momentum_buffer" and any(group.get("dampening") for group in optimizer.param_groups)
+        if name not in FIRST or damped:
+            raise RuntimeError(
+                f"torch.optim.{type(optimizer).__name__} makes its state {name!r} at its first step, and a captured "
+                "step could not begin as that one does: take one step before graphed_step"
+            )
+        return torch.full_like(t, FIRST[name])
+
+    def put_back(self) -> None:
+        """All values, in place; the states that were made are there, as before a first step."""
+        for key, t in self._written().items():
+            if key in self._values:
+                t.detach().copy_(self._values[key])
+        self._put_back_the_rest()
+
+    def undo(self) -> None:
+        """As if nothing had been tried: states that were made are gone."""
+        state = self._step.optimizer.state
+        for p in [*_entries(self._step.optimizer)]:
+            if p in self._entries:
+                state[p].clear()
+                state[p].update(self._entries[p])
+            else:
+                del state[p]
+        self.put_back()
+
+    def _put_back_the_rest(self) -> None:
+        optimizer, scaler = self._step.optimizer, self._step.scaler
+        for p, grad in self._grads:
+            p.grad = grad
+        for name in TOLD:
+            vars(optimizer).pop(name, None)
+        vars(optimizer).update(self._told)
+        if scaler is not None:
+            if self._scaler:
+                scaler.load_state_dict(self._scaler)
+            scaler._per_optimizer_states.clear()
+            scaler._per_optimizer_states.update(self._scaled)
+
+    def _written(self) -> dict[Any, Tensor]:
+        """By keys that stay the same where an optimizer brings a state to another device or dtype."""
+        step = self._step
+        found: dict[Any, Tensor] = {("tensor", id(t)): t for t in (*step.params(), *step.buffers())}
+        for p, entry in _entries(step.optimizer).items():
+            found |= {("state", p, name): t for name, t in entry.items() if isinstance(t, Tensor)}
+        if isinstance(step.optimizer, FusedStep):
+            found |= step.optimizer._beside_states()
+        return found
+
+
+def _entries(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    return {p: entry for p, entry in optimizer.state.items() if isinstance(p, Tensor) and isinstance(entry, dict)}

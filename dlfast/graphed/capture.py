@@ -60,25 +60,11 @@ class Captured:
         # must be the same under capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        buffers = dict(step.model.named_buffers())
-        with torch.cuda.stream(stream):
-            for kind in order:
-                step.run(self._inputs, Kind(kind.clears, False))
-            before.make_states()
-            for _ in range(warmup):
-                for kind in order:
-                    step.run(self._inputs, kind)
-            needs.check_prepared(step.optimizer)
-            _check_buffers(buffers, dict(step.model.named_buffers()))
-            try:
-                with waiting_raises():
-                    for kind in order:
-                        step.run(self._inputs, kind, looking)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise refusal(error, step.stage) from error
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                self._warm_up(before, warmup)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
         for p in step.params():
             p.grad = None  # backward is to make those of the graph in its own memory
         for kind in order:
@@ -92,6 +78,29 @@ class Captured:
             except RuntimeError as error:
                 raise refusal(error, step.stage) from error
             self._graphs[kind] = (graph, loss, output)
+
+    def _warm_up(self, before: Snapshot, warmup: int) -> None:
+        step, order = self._step, kinds(self._step.accumulation_steps)
+        for kind in order:
+            step.run(self._inputs, Kind(kind.clears, False))
+        before.make_states()
+        for _ in range(warmup):
+            for kind in order:
+                step.run(self._inputs, kind)
+        needs.check_prepared(step.optimizer)
+        if (name := before.replaced()) is not None:
+            raise RuntimeError(
+                f"the step cannot be captured in a CUDA graph: forward puts another tensor in the place of {name!r}, "
+                "and every replay would begin with the same one; write to it in place"
+            )
+        try:
+            with waiting_raises():
+                for kind in order:
+                    step.run(self._inputs, kind, looking)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise refusal(error, step.stage) from error
 
     def holds(self) -> bool:
         """Whether model and optimizer are what was captured.
@@ -171,12 +180,3 @@ def _copied(t: Tensor, device: torch.device) -> Tensor:
 
 def _places(tensors: list[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _check_buffers(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    for name, buffer in before.items():
-        if after.get(name) is not buffer:
-            raise RuntimeError(
-                f"the step cannot be captured in a CUDA graph: the forward of the model replaces its buffer {name!r}, "
-                "and every replay would begin with the same one; write to it in place"
-            )

@@ -28,11 +28,10 @@ def check(step: PlainStep) -> None:
 def _check_tensors(step: PlainStep) -> None:
     if isinstance(step.model, nn.parallel.DistributedDataParallel):
         raise RuntimeError("model is a DistributedDataParallel, whose step graphed_step does not capture")
-    named = [("parameter", *item) for item in step.model.named_parameters()]
-    named += [("buffer", *item) for item in step.model.named_buffers()]
-    if isinstance(step.loss_fn, nn.Module):
-        named += [("parameter", f"loss_fn.{name}", p) for name, p in step.loss_fn.named_parameters()]
-        named += [("buffer", f"loss_fn.{name}", b) for name, b in step.loss_fn.named_buffers()]
+    named = []
+    for prefix, module in step.named_modules():
+        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
+            named += [(kind, f"{prefix}.{name}".lstrip("."), t) for name, t in table.items() if t is not None]
     for index, group in enumerate(step.optimizer.param_groups):
         named += [("parameter", f"param_groups[{index}]['params'][{i}]", p) for i, p in enumerate(group["params"])]
     for kind, name, t in named:

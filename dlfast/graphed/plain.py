@@ -53,10 +53,15 @@ class PlainStep:
         self.device = device
         self.stage = "forward"  # what a step was doing when it failed
 
-    def modules(self) -> list[nn.Module]:
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
         """Of the model, and of a loss that is a module."""
-        loss = self.loss_fn.modules() if isinstance(self.loss_fn, nn.Module) else ()
-        return [*self.model.modules(), *loss]
+        found = [*self.model.named_modules()]
+        if isinstance(self.loss_fn, nn.Module):
+            found += self.loss_fn.named_modules(prefix="loss_fn")
+        return found
+
+    def modules(self) -> list[nn.Module]:
+        return [module for _, module in self.named_modules()]
 
     def params(self) -> list[Tensor]:
         """Of these and of the optimizer, each once: those whose gradients a step clears."""

@@ -7,6 +7,7 @@ a step takes from tensors on the CPU it would keep forever.
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,9 @@ def looking() -> Iterator[None]:
 @contextmanager
 def waiting_raises() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # that it misses some: capture does not
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

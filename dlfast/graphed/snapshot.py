@@ -28,10 +28,22 @@ class Snapshot:
         self._step = step
         self._values = {key: t.detach().clone() for key, t in self._written().items()}
         self._entries = {p: dict(entry) for p, entry in _entries(optimizer).items()}
+        # The tables of the modules, where a forward may put another tensor.
+        self._held = [
+            (name, table, key, t)
+            for name, module in step.named_modules()
+            for table in (module._parameters, module._buffers)
+            for key, t in table.items()
+        ]
         self._grads = [(p, p.grad) for p in step.params()]
         self._told = {name: vars(optimizer)[name] for name in TOLD if name in vars(optimizer)}
         self._scaler: dict[str, Any] = {} if step.scaler is None else step.scaler.state_dict()
         self._scaled = {} if step.scaler is None else dict(step.scaler._per_optimizer_states)
+
+    def replaced(self) -> str | None:
+        """The name of a tensor of a module in whose place there is another one since."""
+        others = (f"{name}.{key}".lstrip(".") for name, table, key, t in self._held if table.get(key) is not t)
+        return next(others, None)
 
     def make_states(self) -> None:
         """Let the optimizer make what it lacks for the gradients that are there, and note its first values.
@@ -65,11 +77,14 @@ class Snapshot:
         for key, t in self._written().items():
             if key in self._values:
                 t.detach().copy_(self._values[key])
+                t.record_stream(torch.cuda.current_stream())  # states were made on another one
         self._put_back_the_rest()
 
     def undo(self) -> None:
         """As if nothing had been tried: states that were made are gone."""
         state = self._step.optimizer.state
+        for _, table, key, t in self._held:
+            table[key] = t
         for p in [*_entries(self._step.optimizer)]:
             if p in self._entries:
                 state[p].clear()

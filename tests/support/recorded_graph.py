@@ -14,6 +14,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlfast._native import native
+from dlfast.optim._step import FusedStep
 
 
 class RecordedGraph:
@@ -49,13 +50,18 @@ class _Recorder(TorchDispatchMode):
 def use_recorded_graphs(monkeypatch):
     """Let ``torch.cuda`` capture into a :class:`RecordedGraph`, on an emulated device."""
     recording = []
-    run = native.module.run_cuda
+    run, launch = native.module.run_cuda, FusedStep._launch
+    own_params = []
+
+    def launch_of(self, *args):
+        own_params[:] = [p for group in self.param_groups for p in group["params"]]
+        return launch(self, *args)
 
     def run_cuda(steps, grads, memories, state, *others):
         done = run(steps, grads, memories, state, *others)
         if recording and done:
-            entries = {p: dict(entry) for p, entry in state.items()}
-            own = {p: p.grad for p in entries}
+            entries = dict(state)
+            own = {p: p.grad for p in own_params}
 
             def again():
                 found = {p: p.grad for p in own}
@@ -78,6 +84,7 @@ def use_recorded_graphs(monkeypatch):
             recording.pop()
 
     monkeypatch.setattr(native.module, "run_cuda", run_cuda)
+    monkeypatch.setattr(FusedStep, "_launch", launch_of)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)

@@ -83,8 +83,8 @@ class GraphedStep:
         captured = ", ".join(str(tuple(shape)) for shape, _ in self._examples)
         came = ", ".join(str(tuple(t.shape)) for t in inputs)
         warnings.warn(
-            f"the step was captured for inputs of {captured} and runs without its graph for {came}: pass drop_last=True "
-            "to the DataLoader, if it is the last batch",
+            f"the step was captured for inputs of {captured} and runs without its graph for {came}: if it is the last "
+            "batch, pass drop_last=True to the DataLoader",
             NotGraphedWarning,
             stacklevel=3,
         )
@@ -186,5 +186,5 @@ def graphed_step(
 def _device_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.device:
     """Where steps run: on a GPU if a parameter is there, so that one that is not is refused."""
     own = [p for group in optimizer.param_groups for p in group["params"]]
-    devices = [p.device for p in (*model.parameters(), *own)]
+    devices: list[torch.device] = [p.device for p in (*model.parameters(), *own)]
     return next((device for device in devices if device.type == "cuda"), devices[0])

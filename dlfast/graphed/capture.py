@@ -58,7 +58,7 @@ class Captured:
         step, order = self._step, kinds(self._step.accumulation_steps)
         # One side stream for all of it: what libraries prepare for a stream, and where autograd accumulates gradients,
         # must be the same under capture.
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
@@ -161,7 +161,7 @@ class Captured:
                 tensors.append(p)
                 tensors += (value for value in optimizer.state.get(p, {}).values() if isinstance(value, Tensor))
         facts += (t.requires_grad for t in tensors if t is not None)
-        facts.append(len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks))  # type: ignore[attr-defined]
+        facts.append(len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks))
         if isinstance(optimizer, FusedStep):
             facts += (getattr(optimizer, name) for name in CHANGEABLE)
             tensors += optimizer._beside_states().values()

@@ -45,7 +45,7 @@ def _check_tensors(step: PlainStep) -> None:
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)  # type: ignore[attr-defined]
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any(hooks):
         raise RuntimeError(f"{name} has step hooks, which the replay of a graph does not call: remove them")
     for index, group in enumerate(optimizer.param_groups):
@@ -69,7 +69,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for signal in ("grad_scale", "found_inf"):
         value = vars(optimizer).get(signal)
         if isinstance(value, Tensor) and not value.is_cuda:
-            raise RuntimeError(f"optimizer.{signal} is on {value.device}, where a graph cannot read it: put it on the GPU")
+            raise RuntimeError(
+                f"optimizer.{signal} is on {value.device}, where a graph cannot read it: put it on the GPU"
+            )
 
 
 def _check_scaled(optimizer: torch.optim.Optimizer) -> None:
@@ -101,8 +103,9 @@ def numbers_of(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
             value = group.get(name)
             parts = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
             for part, number in parts.items():
-                on_host = isinstance(number, Tensor) and not number.is_cuda
-                found[index, part] = number.item() if on_host else number
+                if isinstance(number, Tensor) and not number.is_cuda:
+                    number = number.item()
+                found[index, part] = number
     return found
 
 
@@ -122,12 +125,12 @@ def check_numbers(captured: dict[tuple[int, str], Any], now: dict[tuple[int, str
         if isinstance(before, Tensor) or isinstance(after, Tensor):
             same = False
         elif before != after:
-            if type(before) is not float and type(after) is not float:
+            if not isinstance(before, float) and not isinstance(after, float):
                 same = False
                 continue
             raise RuntimeError(
-                f"{name} of param_groups[{index}] was {before:g} when the step was captured and is {after:g} now, which "
-                f"a graph does not see: make the optimizer with a tensor, {name.partition('[')[0]}=torch.tensor("
-                f"{before:g}, device='cuda'), and schedules write to it in place"
+                f"{name} of param_groups[{index}] was {before:g} when the step was captured and is {after:g}, which a "
+                f"graph does not see: make the optimizer with a tensor, torch.tensor({before:g}, device='cuda'), as "
+                f"its {name}, and schedules write to it in place"
             )
     return same

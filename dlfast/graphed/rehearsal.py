@@ -27,7 +27,7 @@ class _Hindrance(RuntimeError):
     """What a graph cannot hold, in a few words."""
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -61,7 +61,7 @@ def _is_value(t: Tensor) -> bool:
 @contextmanager
 def looking() -> Iterator[None]:
     """Within, what a graph cannot hold raises; the optimizer's step is left to :func:`waiting_raises`."""
-    with _Watch():
+    with _Watch():  # type: ignore[no-untyped-call]
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ class Snapshot:
         self._values = {key: t.detach().clone() for key, t in self._written().items()}
         self._entries = {p: dict(entry) for p, entry in _entries(optimizer).items()}
         # The tables of the modules, where a forward may put another tensor.
-        self._held = [
+        self._held: list[tuple[str, dict[str, Any], str, Tensor | None]] = [
             (name, table, key, t)
             for name, module in step.named_modules()
-            for table in (module._parameters, module._buffers)
+            for table in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers))
             for key, t in table.items()
         ]
         self._grads = [(p, p.grad) for p in step.params()]
@@ -77,7 +77,8 @@ class Snapshot:
         for key, t in self._written().items():
             if key in self._values:
                 t.detach().copy_(self._values[key])
-                t.record_stream(torch.cuda.current_stream())  # states were made on another one
+                if t.is_cuda:
+                    t.record_stream(torch.cuda.current_stream())  # states were made on another one
         self._put_back_the_rest()
 
     def undo(self) -> None:

@@ -47,6 +47,10 @@ class Layer(nn.Module):
             return x * self.scale  # number on the cpu
         if self.what == "random on the cpu":
             return x * torch.rand(())  # random on the cpu
+        if self.what == "only under capture" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not permitted")  # only under capture
+        if self.what == "synchronize":
+            torch.cuda.synchronize()  # synchronize
         if self.what == "buffer":
             self.seen = self.seen + 1
         return x
@@ -84,6 +88,13 @@ def test_a_line_of_the_model(what):
     said = refused(nn.Sequential(Layer(what), network("cuda")))
     assert f"{HERE}, line {line_of(what)}, in forward, " in said
     assert ("on the CPU" if "cpu" in what else "waits for the device") in said
+
+
+@pytest.mark.parametrize("what", ["only under capture", pytest.param("synchronize", marks=pytest.mark.gpu_only)])
+def test_a_line_that_fails_under_capture(what):
+    """Which no step before it shows."""
+    said = refused(nn.Sequential(Layer(what), network("cuda")))
+    assert f"{HERE}, line {line_of(what)}, in forward, fails: " in said
 
 
 def test_a_line_of_the_loss():

@@ -74,9 +74,8 @@ class Training(pl.LightningModule):
             self.add_module(f"{name}_accuracy", metric)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(
-            self.settings, self.model.parameters(), capturable=not self.automatic_optimization and self.on_gpu
-        )
+        # Whether graphs are used or not: PyTorch rounds otherwise where it counts steps on the GPU.
+        return make_optimizer(self.settings, self.model.parameters(), capturable=self.on_gpu)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Unreadable):
@@ -104,9 +103,7 @@ class Training(pl.LightningModule):
         if self._graphed_step is None:
             self._graphed_step = graphed_step(self.model, self.model.loss, optimizer.optimizer, (images, labels))
         optimizer._on_before_step()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGraphedWarning)  # the last batch of an epoch is as large as it is
-            loss = self._graphed_step(images, labels)
+        loss = self._graphed_step(images, labels)
         optimizer._on_after_step()
         self._count("train", self._graphed_step.output, loss, labels)
         return loss
@@ -343,6 +340,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in (".*does not have many workers.*", ".*GPU available but not used.*"):
             warnings.filterwarnings("ignore", message)
+        warnings.filterwarnings("ignore", category=NotGraphedWarning)  # the last batch of an epoch may be smaller
         # Deprecations inside Lightning are not ours to mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning")
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")

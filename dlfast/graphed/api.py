@@ -45,7 +45,7 @@ class GraphedStep:
         kind = kind_of(self._index, self._step.accumulation_steps)
         if self.is_graphed and fits:
             if self._captured is None or not self._captured.holds():
-                self._captured = None  # frees its memory for the next one
+                self._captured = self.output = None  # frees their memory for the next one
                 self._captured = Captured(self._step, inputs, self._warmup, self._pool)
             loss, self.output = self._captured.replay(inputs, kind)
         else:
@@ -179,7 +179,8 @@ def graphed_step(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     device = _device_of(model, optimizer)
-    step = PlainStep(model, loss_fn, optimizer, scaler, accumulation_steps, device)
+    used = scaler if scaler is not None and scaler.is_enabled() else None
+    step = PlainStep(model, loss_fn, optimizer, used, accumulation_steps, device)
     return GraphedStep(step, example_inputs, num_warmup_iters, pool)
 
 

@@ -21,7 +21,7 @@ def check(step: PlainStep) -> None:
     """
     _check_tensors(step)
     _check_optimizer(step.optimizer)
-    if step.scaler is not None and step.scaler.is_enabled():
+    if step.scaler is not None:
         _check_scaled(step.optimizer)
 
 
@@ -84,7 +84,13 @@ def _check_scaled(optimizer: torch.optim.Optimizer) -> None:
 
 def check_prepared(optimizer: torch.optim.Optimizer) -> None:
     """After a step: whether one of :mod:`dlfast.optim` was native, as it has to be."""
-    if isinstance(optimizer, FusedStep) and not optimizer._is_native():
+    if not isinstance(optimizer, FusedStep):
+        return
+    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            f"no parameter of {type(optimizer).__name__} has a gradient after backward (step_in_backward frees them)"
+        )
+    if not optimizer._is_native():
         raise RuntimeError(
             f"the step of {type(optimizer).__name__} runs in plain PyTorch here, which waits for the device: it is "
             "native for float32, float64 and 16-bit parameters with gradients of the same dtype, in a build with CUDA "

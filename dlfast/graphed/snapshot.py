@@ -60,6 +60,7 @@ class Snapshot:
             if key not in self._values:
                 own = isinstance(optimizer, FusedStep)
                 self._values[key] = t.detach().clone() if own else self._first(key, t)
+        self._put_back_values()
 
     def _first(self, key: tuple[Any, ...], t: Tensor) -> Tensor:
         optimizer = self._step.optimizer
@@ -74,11 +75,10 @@ class Snapshot:
 
     def put_back(self) -> None:
         """All values, in place; the states that were made are there, as before a first step."""
-        for key, t in self._written().items():
-            if key in self._values:
-                t.detach().copy_(self._values[key])
-                if t.is_cuda:
-                    t.record_stream(torch.cuda.current_stream())  # states were made on another one
+        self._put_back_values()
+        for t in self._written().values():
+            if t.is_cuda:
+                t.record_stream(torch.cuda.current_stream())  # states were made on another one
         self._put_back_the_rest()
 
     def undo(self) -> None:
@@ -94,6 +94,11 @@ class Snapshot:
                 del state[p]
         self.put_back()
 
+    def _put_back_values(self) -> None:
+        for key, t in self._written().items():
+            if key in self._values:
+                t.detach().copy_(self._values[key])
+
     def _put_back_the_rest(self) -> None:
         optimizer, scaler = self._step.optimizer, self._step.scaler
         for p, grad in self._grads:
@@ -102,8 +107,7 @@ class Snapshot:
             vars(optimizer).pop(name, None)
         vars(optimizer).update(self._told)
         if scaler is not None:
-            if self._scaler:
-                scaler.load_state_dict(self._scaler)
+            scaler.load_state_dict(self._scaler)
             scaler._per_optimizer_states.clear()
             scaler._per_optimizer_states.update(self._scaled)
 

@@ -99,8 +99,21 @@ def growing():
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_grad_scaler(accumulation_steps):
-    same_as_the_loop(lambda p: sgd(p, fused=True), batches(6, "cuda"), growing, accumulation_steps)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: sgd(params, fused=True),
+        lambda params: sgd(params, max_grad_norm=0.1),
+        lambda params: torch.optim.Adam(params, capturable=True, fused=True),
+    ],
+    ids=["fused", "clipping", "torch"],
+)
+def test_grad_scaler(make, accumulation_steps):
+    same_as_the_loop(make, batches(6, "cuda"), growing, accumulation_steps)
+
+
+def test_a_grad_scaler_that_is_switched_off():
+    same_as_the_loop(sgd, batches(2, "cuda"), lambda: torch.amp.GradScaler("cuda", enabled=False))
 
 
 def test_grad_scaler_skips_and_backs_off():
@@ -189,6 +202,23 @@ def test_making_it_changes_nothing():
     dlfast.graphed_step(model, F.cross_entropy, optimizer, data[0], scaler=scaler)
     assert_equal(everything(model, optimizer, scaler), before)
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_warm_up_steps_and_pool(monkeypatch, count):
+    pools = []
+    capture = torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **o: (pools.append(o["pool"]), capture(graph, **o))[1])
+    pool = torch.cuda.graph_pool_handle()
+    model = network("cuda")
+    forwards = []
+    model.register_forward_pre_hook(lambda *args: forwards.append(None))
+    data = batches(1, "cuda")[0]
+    step = dlfast.graphed_step(model, F.cross_entropy, sgd(model.parameters()), data, num_warmup_iters=count, pool=pool)
+    assert len(forwards) == count + 3  # one makes the states, one looks for hindrances, one is captured
+    assert pools == [pool]
+    step(*data)
+    assert len(forwards) == count + 3
 
 
 def test_losses_are_tensors_of_their_own():

@@ -177,6 +177,41 @@ def test_a_parameter_and_a_buffer_on_the_cpu():
     assert "buffer 'loss_fn.weight' is on cpu" in refused(network("cuda"), nn.CrossEntropyLoss(weight))
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_models_whose_tensors_are_elsewhere():
+    model = nn.Linear(4, 5, device="cuda")
+    model.weight = nn.Parameter(model.weight.detach().as_subclass(Subclass))
+    assert "parameter 'weight' is a Subclass" in refused(model, make=torch.optim.SGD, lr=0.1)
+    ddp = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(ddp)  # the rest needs processes
+    ddp.module = network("cuda")
+    assert "model is a DistributedDataParallel" in refused(ddp)
+
+
+def test_gradients_that_are_freed():
+    model = network("cuda")
+    optimizer = dlfast.optim.SGD(model.parameters(), lr=0.1)
+    before = everything(model, optimizer)
+    with (
+        dlfast.optim.step_in_backward(optimizer),
+        pytest.raises(RuntimeError, match="no parameter of SGD has a gradient after backward"),
+    ):
+        dlfast.graphed_step(model, F.cross_entropy, optimizer, batches(1, "cuda")[0])
+    assert_equal(everything(model, optimizer), before)
+
+
+def test_a_step_in_plain_pytorch():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5, device="cuda", dtype=torch.bfloat16))
+    model[1].weight.grad_dtype = torch.float32
+    optimizer = dlfast.optim.SGD(model.parameters(), lr=0.1)
+    images, target = batches(1, "cuda")[0]
+    with pytest.raises(RuntimeError, match="the step of SGD runs in plain PyTorch here"):
+        dlfast.graphed_step(model, F.cross_entropy, optimizer, (images.bfloat16(), target))
+
+
 def test_a_fixed_scale_on_the_cpu():
     model = network("cuda")
     optimizer = dlfast.optim.Adam(model.parameters())

@@ -168,7 +168,6 @@ class Captured:
             tensors += (vars(optimizer).get("grad_scale"), vars(optimizer).get("found_inf"))
         if step.scaler is not None:
             scaler = step.scaler
-            tensors += (scaler._scale, scaler._growth_tracker)
             facts += (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
         return tensors, facts
 

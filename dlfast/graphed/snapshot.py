@@ -18,6 +18,8 @@ FIRST = dict.fromkeys(
 ) | {"mu_product": 1.0}
 # Of an optimizer, beside its states: what its last step said, and what learning-rate schedules ask for.
 TOLD = ("_skipped", "grad_norm", "_opt_called")
+# What a GradScaler sets for a step, and leaves there if the step fails.
+SIGNALS = ("grad_scale", "found_inf")
 
 
 class Snapshot:
@@ -36,7 +38,7 @@ class Snapshot:
             for key, t in table.items()
         ]
         self._grads = [(p, p.grad) for p in step.params()]
-        self._told = {name: vars(optimizer)[name] for name in TOLD if name in vars(optimizer)}
+        self._told = {name: vars(optimizer)[name] for name in TOLD + SIGNALS if name in vars(optimizer)}
         self._scaler: dict[str, Any] = {} if step.scaler is None else step.scaler.state_dict()
         self._scaled = {} if step.scaler is None else dict(step.scaler._per_optimizer_states)
 
@@ -103,7 +105,7 @@ class Snapshot:
         optimizer, scaler = self._step.optimizer, self._step.scaler
         for p, grad in self._grads:
             p.grad = grad
-        for name in TOLD:
+        for name in TOLD + SIGNALS:
             vars(optimizer).pop(name, None)
         vars(optimizer).update(self._told)
         if scaler is not None:

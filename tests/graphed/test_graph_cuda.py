@@ -193,15 +193,17 @@ def test_fused_models():
 
 def test_making_it_changes_nothing():
     model = network("cuda")
-    optimizer = sgd(model.parameters(), ema_decay=0.5, fused=True)
+    optimizer = sgd(model.parameters(), ema_decay=0.5, max_grad_norm=0.1)
     scaler = growing()
     data = batches(3, "cuda")
     plainly(model, optimizer, data, scaler)
     before = everything(model, optimizer, scaler)
-    grads = [p.grad for p in model.parameters()]
+    norm, grads = optimizer.grad_norm, [p.grad for p in model.parameters()]
     dlfast.graphed_step(model, F.cross_entropy, optimizer, data[0], scaler=scaler)
     assert_equal(everything(model, optimizer, scaler), before)
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+    assert optimizer.grad_norm is norm
+    assert optimizer.step_was_skipped is False
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -66,6 +66,7 @@ CHANGES = {
     "lr replaced": lambda model, optimizer: optimizer.param_groups[0].update(lr=torch.tensor(0.5, device="cuda")),
     "clipping": lambda model, optimizer: setattr(optimizer, "max_grad_norm", 0.1),
     "maximize": lambda model, optimizer: optimizer.param_groups[0].update(maximize=True),
+    "a fixed scale": lambda model, optimizer: setattr(optimizer, "grad_scale", torch.tensor(8.0, device="cuda")),
     "a hook": lambda model, optimizer: model[0].register_forward_hook(lambda module, args, output: output * 2),
 }
 
@@ -132,6 +133,45 @@ def test_captured_anew_between_accumulated_batches(captures):
         if i % 2 == 1:
             other_optimizer.step()
     assert_equal(found, everything(other, other_optimizer))
+
+
+def test_a_grad_scaler_that_is_set(captures):
+    data = batches(4, "cuda")
+    (model, optimizer), (other, other_optimizer) = twins(lambda p: dlfast.optim.SGD(p, lr=0.1, fused=True), "cuda")
+    scaler, other_scaler = (torch.amp.GradScaler("cuda", init_scale=4.0, growth_interval=1) for _ in range(2))
+    step = dlfast.graphed_step(model, F.cross_entropy, optimizer, data[0], scaler=scaler)
+    torch.manual_seed(5)
+    step(*data[0])
+    scaler.update(32.0)  # in place
+    step(*data[1])
+    assert len(captures) == 1
+    scaler.set_growth_factor(8.0)
+    step(*data[2])
+    scaler.load_state_dict(scaler.state_dict())
+    step(*data[3])
+    assert len(captures) == 2
+    found = everything(model, optimizer, scaler)
+    torch.manual_seed(5)
+    plainly(other, other_optimizer, data[:1], other_scaler)
+    other_scaler.update(32.0)
+    plainly(other, other_optimizer, data[1:2], other_scaler)
+    other_scaler.set_growth_factor(8.0)
+    plainly(other, other_optimizer, data[2:], other_scaler)
+    assert_equal(found, everything(other, other_optimizer, other_scaler))
+
+
+def test_autocast_that_is_switched_on(captures):
+    data = batches(2, "cuda")
+    model = network("cuda")
+    step = dlfast.graphed_step(model, F.cross_entropy, adam(model.parameters()), data[0])
+    step(*data[0])
+    assert step.output.dtype is torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cuda", dtype=dtype):
+            step(*data[1])
+            step(*data[1])
+        assert step.output.dtype is dtype
+    assert len(captures) == 3
 
 
 @pytest.mark.parametrize("make", [dlfast.optim.SGD, torch.optim.SGD])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -135,6 +136,24 @@ def test_with_accumulated_state():
         dlfast.graphed_step(model, F.cross_entropy, optimizer, (images, target), scaler=scaler)
     assert_equal(everything(model, optimizer, scaler), before)
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+
+
+def test_an_error_between_the_steps_of_a_scaler():
+    """It then goes on as if it had not been asked."""
+    model = network("cuda")
+    optimizer = dlfast.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    images, target = batches(1, "cuda")[0]
+
+    def hook(*args):
+        raise RuntimeError("of the hook")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "step", hook)
+        with pytest.raises(RuntimeError, match="of the hook"):
+            dlfast.graphed_step(model, F.cross_entropy, optimizer, (images, target), scaler=scaler)
+    assert vars(optimizer).keys().isdisjoint(("grad_scale", "found_inf"))
+    copy.deepcopy(scaler)  # which it refuses between its step and update
 
 
 def test_an_error_of_the_model_is_its_own():

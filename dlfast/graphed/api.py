@@ -70,7 +70,8 @@ class GraphedStep:
             if t.dtype is not dtype:
                 raise RuntimeError(f"inputs[{i}] must be of {dtype} as in example_inputs, got {t.dtype}")
             if t.device != self._step.device and t.device.type != "cpu":
-                raise RuntimeError(f"inputs[{i}] must be on {self._step.device} or on the CPU, got {t.device}")
+                or_cpu = " or on the CPU" if self.is_graphed else ""
+                raise RuntimeError(f"inputs[{i}] must be on {self._step.device}{or_cpu}, got {t.device}")
             if t.requires_grad:
                 raise RuntimeError(f"inputs[{i}] requires a gradient, which a step does not return: detach() it")
             fits = fits and t.shape == shape

@@ -44,10 +44,12 @@ class Captured:
                     self._capture(before, warmup)
             except BaseException:
                 before.undo()
+                torch.cuda.synchronize()  # before memory goes that was used on two streams
                 raise
             self._told = {name: vars(step.optimizer)[name] for name in TOLD if name in vars(step.optimizer)}
             self._grads = [(p, p.grad) for p in step.params()]
             before.put_back()
+            torch.cuda.synchronize()
         self._modules = step.modules()
         self._tensors, self._facts = self._seen()
         self._places = _places(self._tensors)
@@ -68,16 +70,24 @@ class Captured:
         for p in step.params():
             p.grad = None  # backward is to make those of the graph in its own memory
         for kind in order:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Another thread may pin memory for the next batch meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            self._graphs[kind] = self._graph_of(kind, stream)
+
+    def _graph_of(self, kind: Kind, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+        step, graph = self._step, torch.cuda.CUDAGraph()
+        failed: RuntimeError | None = None
+        try:
+            # Another thread may pin memory for the next batch meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                try:
                     loss, output = step.run(self._inputs, kind)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise refusal(error, step.stage) from error
-            self._graphs[kind] = (graph, loss, output)
+                except RuntimeError as error:
+                    failed = error  # the end of the capture may fail for it, and say less
+                    raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise refusal(failed or error, step.stage) from error
+        return graph, loss, output
 
     def _warm_up(self, before: Snapshot, warmup: int) -> None:
         step, order = self._step, kinds(self._step.accumulation_steps)
@@ -131,7 +141,8 @@ class Captured:
         # No version of a tensor has counted, and others go by them: autograd, and folded weights.
         torch.autograd.graph.increment_version(self._written)
         if kind.steps:
-            vars(self._step.optimizer).update(self._told)
+            # A schedule that was made after the capture asks whether a step was taken, too.
+            vars(self._step.optimizer).update(self._told, _opt_called=True)
         return loss.clone(), output
 
     def _take_gradients(self) -> None:

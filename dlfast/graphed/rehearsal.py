@@ -79,12 +79,9 @@ def waiting_raises() -> Iterator[None]:
 
 def refusal(error: BaseException, stage: str) -> RuntimeError:
     """The error that says where `error` came from while a step was at `stage`."""
-    first = error
-    while first.__context__ is not None:  # the end of a capture fails as well
-        first = first.__context__
-    what = str(first) if isinstance(first, _Hindrance) else f"fails: {str(first).splitlines()[0]}"
+    what = str(error) if isinstance(error, _Hindrance) else f"fails: {str(error).partition(chr(10))[0]}"
     where = f"in {stage}"
-    frames = [f for f in traceback.extract_tb(first.__traceback__) if not f.filename.startswith((*OURS, "<"))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*OURS, "<"))]
     if frames:
         last = frames[-1]
         where = f"{last.filename}, line {last.lineno}, in {stage}"

@@ -132,13 +132,18 @@ def test_grad_scaler_skips_and_backs_off():
         assert [optimizer.step_was_skipped for optimizer in made[1:]] == [count == 1] * 2
 
 
-def test_a_schedule_writes_to_the_learning_rate():
+@pytest.mark.parametrize("made_before", [True, False])
+def test_a_schedule_writes_to_the_learning_rate(made_before):
     data = batches(4, "cuda")
     (model, optimizer), (other, other_optimizer) = twins(
         lambda params: dlfast.optim.Adam(params, lr=torch.tensor(0.1, device="cuda")), "cuda"
     )
-    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, other_optimizer)]
+    schedules = [
+        torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, other_optimizer)[not made_before :]
+    ]
     step = dlfast.graphed_step(model, F.cross_entropy, optimizer, data[0])
+    if not made_before:
+        schedules.insert(0, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
     torch.manual_seed(5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "lr_scheduler.step() before optimizer.step()"

@@ -7,6 +7,7 @@ graph no longer holds.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -37,6 +38,7 @@ class Captured:
         self._inputs = tuple(_copied(t, step.device) for t in inputs)
         self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        loose = step.loose()
         with torch.cuda.device(step.device):
             before = Snapshot(step)
             try:
@@ -51,6 +53,8 @@ class Captured:
             before.put_back()
             torch.cuda.synchronize()
         self._modules = step.modules()
+        # Not those that a forward computes and only leaves there, as pruning does.
+        self._loose = [(own, name) for own, name, t in loose if own.get(name) is t]
         self._tensors, self._facts = self._seen()
         self._places = _places(self._tensors)
         self._numbers = needs.numbers_of(step.optimizer)
@@ -58,9 +62,7 @@ class Captured:
 
     def _capture(self, before: Snapshot, warmup: int) -> None:
         step, order = self._step, kinds(self._step.accumulation_steps)
-        # One side stream for all of it: what libraries prepare for a stream, and where autograd accumulates gradients,
-        # must be the same under capture.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _side_stream(step.device)
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
@@ -166,6 +168,7 @@ class Captured:
             facts += (len(own[name]) for name in HOOKS)
             tensors += own["_parameters"].values()
             tensors += own["_buffers"].values()
+        tensors += (own.get(name) for own, name in self._loose)
         for group in optimizer.param_groups:
             facts.append(len(group["params"]))
             for p in group["params"]:
@@ -181,6 +184,13 @@ class Captured:
             scaler = step.scaler
             facts += (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
         return tensors, facts
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are tried out and captured, all of them: what libraries prepare for a stream, and where autograd
+    accumulates gradients as long as a result of an earlier step lives, must be the same under capture."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _copied(t: Tensor, device: torch.device) -> Tensor:

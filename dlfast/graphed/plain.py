@@ -74,6 +74,11 @@ class PlainStep:
         found = [b for module in self.modules() for b in module.buffers(recurse=False)]
         return list({id(b): b for b in found}.values())
 
+    def loose(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """The tensors that modules hold as plain attributes, with the table of each and its name there."""
+        tables = [vars(module) for module in self.modules()]
+        return [(own, name, t) for own in tables for name, t in own.items() if isinstance(t, Tensor)]
+
     def run(self, inputs: tuple[Tensor, ...], kind: Kind, around: Any = nullcontext) -> tuple[Tensor, Any]:
         """The loss, and what the model returned, both detached; forward and backward are within ``around()``."""
         if kind.clears:

@@ -87,5 +87,5 @@ def refusal(error: BaseException, stage: str) -> RuntimeError:
         where = f"{last.filename}, line {last.lineno}, in {stage}"
         what += f": {last.line}"
     elif stage == "backward":
-        what += " (a loss of an earlier step that is still alive ties gradients to its stream: delete it)"
+        what += " (a loss of an earlier step, if it is still alive, ties gradients to its stream: delete it)"
     return RuntimeError(f"the step cannot be captured in a CUDA graph: {where}, {what}")

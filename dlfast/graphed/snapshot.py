@@ -37,6 +37,7 @@ class Snapshot:
             for table in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers))
             for key, t in table.items()
         ]
+        self._loose = step.loose()
         self._grads = [(p, p.grad) for p in step.params()]
         self._told = {name: vars(optimizer)[name] for name in TOLD + SIGNALS if name in vars(optimizer)}
         self._scaler: dict[str, Any] = {} if step.scaler is None else step.scaler.state_dict()
@@ -88,6 +89,8 @@ class Snapshot:
         state = self._step.optimizer.state
         for _, table, key, t in self._held:
             table[key] = t
+        for own, name, t in self._loose:
+            own[name] = t
         for p in [*_entries(self._step.optimizer)]:
             if p in self._entries:
                 state[p].clear()
@@ -116,7 +119,8 @@ class Snapshot:
     def _written(self) -> dict[Any, Tensor]:
         """By keys that stay the same where an optimizer brings a state to another device or dtype."""
         step = self._step
-        found: dict[Any, Tensor] = {("tensor", id(t)): t for t in (*step.params(), *step.buffers())}
+        tensors = (*step.params(), *step.buffers(), *(t for _, _, t in step.loose()))
+        found: dict[Any, Tensor] = {("tensor", id(t)): t for t in tensors}
         for p, entry in _entries(step.optimizer).items():
             found |= {("state", p, name): t for name, t in entry.items() if isinstance(t, Tensor)}
         if isinstance(step.optimizer, FusedStep):

@@ -135,6 +135,45 @@ def test_captured_anew_between_accumulated_batches(captures):
     assert_equal(found, everything(other, other_optimizer))
 
 
+class Loose(nn.Module):
+    """Holds tensors that are no buffers, one of which it writes to, and leaves one behind that it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.tensor(2.0, device="cuda")
+        self.calls = torch.zeros((), device="cuda")
+        self.computed = None
+
+    def forward(self, x):
+        self.calls += 1
+        self.computed = x * self.factor
+        return self.computed + self.calls
+
+
+def test_tensors_that_are_no_buffers(captures):
+    data = batches(4, "cuda")
+    models = [nn.Sequential(Loose(), network("cuda")) for _ in range(2)]
+    optimizers = [adam(model.parameters()) for model in models]
+    torch.manual_seed(5)
+    step = dlfast.graphed_step(models[0], F.cross_entropy, optimizers[0], data[0])
+    assert models[0][0].calls == 0
+    step(*data[0])
+    step(*data[1])
+    assert len(captures) == 1
+    models[0][0].factor = torch.tensor(3.0, device="cuda")
+    step(*data[2])
+    models[0][0].computed = None
+    step(*data[3])
+    assert len(captures) == 2
+    assert models[0][0].calls == 4
+    found = everything(models[0], optimizers[0])
+    torch.manual_seed(5)
+    plainly(models[1], optimizers[1], data[:2])
+    models[1][0].factor = torch.tensor(3.0, device="cuda")
+    plainly(models[1], optimizers[1], data[2:])
+    assert_equal(found, everything(models[1], optimizers[1]))
+
+
 def test_a_grad_scaler_that_is_set(captures):
     data = batches(4, "cuda")
     (model, optimizer), (other, other_optimizer) = twins(lambda p: dlfast.optim.SGD(p, lr=0.1, fused=True), "cuda")

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Nobody wants to read that the line is in there.
-OURS = tuple(f"{Path(file).parent}/" for file in (torch.__file__, Path(__file__).parent))
-TO_THE_DEVICE = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+# A line in these is not the user's.
+LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/")
 
 
 class _Hindrance(RuntimeError):
@@ -81,7 +80,7 @@ def refusal(error: BaseException, stage: str) -> RuntimeError:
     """The error that says where `error` came from while a step was at `stage`."""
     what = str(error) if isinstance(error, _Hindrance) else f"fails: {str(error).partition(chr(10))[0]}"
     where = f"in {stage}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*OURS, "<"))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*LIBRARIES, "<"))]
     if frames:
         last = frames[-1]
         where = f"{last.filename}, line {last.lineno}, in {stage}"

@@ -90,6 +90,21 @@ def test_is_captured_anew(name, captures):
     assert_equal(found, everything(other, other_optimizer))
 
 
+def test_a_checkpoint_may_bring_another_number(captures):
+    model = network("cuda")
+    optimizer = dlfast.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    data = batches(1, "cuda")[0]
+    step = dlfast.graphed_step(model, F.cross_entropy, optimizer, data)
+    step(*data)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = 0.0
+    optimizer.load_state_dict(saved)
+    before = model[-1].weight.clone()
+    step(*data)
+    assert torch.equal(model[-1].weight, before)
+    assert len(captures) == 2
+
+
 def test_what_is_written_in_place_is_seen_by_the_same_graph(captures):
     data = batches(3, "cuda")
     (model, optimizer), (other, other_optimizer) = twins(adam, "cuda")

@@ -45,6 +45,20 @@ def test_a_run_goes_on_with_other_steps(whole_steps, tmp_path):
     assert_same_run(out, tmp_path / "expected")
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "has_code", "expected"),
+    [
+        ("fused", "cuda", True, True),
+        ("fused", "cuda", False, False),  # its steps are plain PyTorch there
+        ("torch", "cuda", False, True),
+        ("fused", "cpu", True, False),
+    ],
+)
+def test_where_steps_are_graphs(monkeypatch, backend, device, has_code, expected):
+    monkeypatch.setattr(dlfast.app.train, "runs_on", lambda asked: has_code)
+    assert dlfast.app.train._can_be_graphed(new_settings(small(backend=backend)), device) is expected
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_where_steps_are_counted_is_no_matter_of_the_checkpoint(optimizer):
     """Else PyTorch's Adam could not go on with a run that began on a GPU, or there with one that did not."""

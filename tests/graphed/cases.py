@@ -67,8 +67,10 @@ def everything(model, optimizer, scaler=None):
     found |= {f"grad.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     if scaler is not None:
         found |= {f"scaler.{name}": torch.as_tensor(value) for name, value in scaler.state_dict().items()}
+    found["random numbers"] = torch.get_rng_state()
     device = next(model.parameters()).device
-    found["random numbers"] = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    if device.type == "cuda":
+        found["random numbers of the GPU"] = torch.cuda.get_rng_state(device)
     return {name: t.detach().clone() for name, t in found.items()}
 
 

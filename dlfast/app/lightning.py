@@ -101,7 +101,10 @@ class Training(pl.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         if self._graphed_step is None:
-            self._graphed_step = graphed_step(self.model, self.model.loss, optimizer.optimizer, (images, labels))
+            try:
+                self._graphed_step = graphed_step(self.model, self.model.loss, optimizer.optimizer, (images, labels))
+            except RuntimeError as error:
+                raise RuntimeError(f"{error} (with --no-cuda-graph this run does without)") from error
         optimizer._on_before_step()
         loss = self._graphed_step(images, labels)
         optimizer._on_after_step()

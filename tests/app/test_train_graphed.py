@@ -45,6 +45,15 @@ def test_a_run_goes_on_with_other_steps(whole_steps, tmp_path):
     assert_same_run(out, tmp_path / "expected")
 
 
+def test_a_refusal_says_how_to_do_without(whole_steps, monkeypatch, tmp_path):
+    def refuse(*args):
+        raise RuntimeError("no graph of this")
+
+    monkeypatch.setattr("dlfast.app.lightning.graphed_step", refuse)
+    with pytest.raises(RuntimeError, match=r"no graph of this \(with --no-cuda-graph"):
+        fit(small(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("backend", "device", "has_code", "expected"),
     [

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as optimizer_module
 
 from dlfast.graphed.plain import PlainStep
 from dlfast.optim._step import FusedStep
@@ -45,8 +46,9 @@ def _check_tensors(step: PlainStep) -> None:
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    if any(hooks):
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    of_all = (optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks)
+    if any((*own, *of_all)):
         raise RuntimeError(f"{name} has step hooks, which the replay of a graph does not call: remove them")
     for index, group in enumerate(optimizer.param_groups):
         if isinstance(optimizer, FusedStep):

@@ -180,12 +180,17 @@ def test_an_optimizer_that_leaves_unscaling_to_the_scaler(make):
     assert re.search("GradScaler waits .* SGD: construct the optimizer with fused=True", said)
 
 
-def test_step_hooks():
+@pytest.mark.parametrize("of_all", [False, True])
+def test_step_hooks(of_all):
     model = network("cuda")
     optimizer = dlfast.optim.Adam(model.parameters())
-    optimizer.register_step_post_hook(lambda *args: None)
-    with pytest.raises(RuntimeError, match="Adam has step hooks"):
-        dlfast.graphed_step(model, F.cross_entropy, optimizer, batches(1, "cuda")[0])
+    register = torch.optim.optimizer.register_optimizer_step_post_hook if of_all else optimizer.register_step_post_hook
+    handle = register(lambda *args: None)
+    try:
+        with pytest.raises(RuntimeError, match="Adam has step hooks"):
+            dlfast.graphed_step(model, F.cross_entropy, optimizer, batches(1, "cuda")[0])
+    finally:
+        handle.remove()
 
 
 def test_a_parameter_and_a_buffer_on_the_cpu():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import dlfast
 from tests.graphed.cases import assert_equal, batches, everything, network
@@ -184,7 +185,7 @@ def test_an_optimizer_that_leaves_unscaling_to_the_scaler(make):
 def test_step_hooks(of_all):
     model = network("cuda")
     optimizer = dlfast.optim.Adam(model.parameters())
-    register = torch.optim.optimizer.register_optimizer_step_post_hook if of_all else optimizer.register_step_post_hook
+    register = register_optimizer_step_post_hook if of_all else optimizer.register_step_post_hook
     handle = register(lambda *args: None)
     try:
         with pytest.raises(RuntimeError, match="Adam has step hooks"):

@@ -20,7 +20,8 @@ ALLOWED = {
     "choice": {"_native", "functional", "nn", "ran"},
     "fusion": {"_native", "choice", "functional", "nn", "ran"},
     "explain": {"choice", "fusion", "nn", "ran"},
-    "dlfast": {"explain", "functional", "fusion", "models", "nn", "optim", "reference"},
+    "graphed": {"optim"},
+    "dlfast": {"explain", "functional", "fusion", "graphed", "models", "nn", "optim", "reference"},
     "info": {"_native", "dlfast"},
     "__main__": {"app"},
 }

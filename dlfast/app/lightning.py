@@ -23,6 +23,7 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from dlfast.app.data import Batch, Unreadable
 from dlfast.app.errors import UsageError, one_line
 from dlfast.app.files import write_whole
 from dlfast.app.settings import Settings, make_optimizer
+from dlfast.graphed import GraphedStep, NotGraphedWarning, graphed_step
 from dlfast.models import ConvNet
 
 FORMAT = 1  # of what a checkpoint holds under "dlfast"
@@ -50,10 +52,14 @@ class Epoch:
 
 
 class Training(pl.LightningModule):
-    """Trains `model` by `settings`; `fingerprint` says on which data."""
+    """Trains `model` by `settings`; `fingerprint` says on which data, `graphed` whether each step is one CUDA graph."""
 
-    def __init__(self, model: ConvNet, settings: Settings, num_classes: int, fingerprint: str) -> None:
+    def __init__(
+        self, model: ConvNet, settings: Settings, num_classes: int, fingerprint: str, graphed: bool = False
+    ) -> None:
         super().__init__()
+        self.automatic_optimization = not graphed  # Lightning's own steps cannot be captured
+        self._graphed_step: GraphedStep | None = None
         self.model = model
         self.settings = settings
         self.fingerprint = fingerprint
@@ -68,7 +74,8 @@ class Training(pl.LightningModule):
             self.add_module(f"{name}_accuracy", metric)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.settings, self.model.parameters())
+        # Whether graphs are used or not: PyTorch rounds otherwise where it counts steps on the GPU.
+        return make_optimizer(self.settings, self.model.parameters(), capturable=self.on_gpu)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Unreadable):
@@ -79,14 +86,33 @@ class Training(pl.LightningModule):
         images, labels = batch  # [B, C, H, W], [B]
         output = self.model(images)  # [B, num_classes]
         loss = self.model.loss(output, labels)
+        self._count(part, output, loss, labels)
+        return loss
+
+    def _count(self, part: str, output: Tensor, loss: Tensor, labels: Tensor) -> None:
         getattr(self, f"{part}_accuracy").update(output, labels)
         total, count = self.loss_sums[part]
         # Stays on the device, so that nothing waits for it.
         self.loss_sums[part] = (total + loss.detach().double() * len(labels), count + len(labels))
+
+    def _whole_step(self, batch: Batch) -> Tensor:
+        """Forward, backward and the optimizer's step, of which Lightning is told as its own wrapper would tell it."""
+        images, labels = batch
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        if self._graphed_step is None:
+            try:
+                self._graphed_step = graphed_step(self.model, self.model.loss, optimizer.optimizer, (images, labels))
+            except RuntimeError as error:
+                raise RuntimeError(f"{error} (with --no-cuda-graph this run does without)") from error
+        optimizer._on_before_step()
+        loss = self._graphed_step(images, labels)
+        optimizer._on_after_step()
+        self._count("train", self._graphed_step.output, loss, labels)
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._step("train", batch)
+        loss = self._step("train", batch) if self.automatic_optimization else self._whole_step(batch)
         self.step_losses.append(loss.detach())
         return loss
 
@@ -317,6 +343,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in (".*does not have many workers.*", ".*GPU available but not used.*"):
             warnings.filterwarnings("ignore", message)
+        warnings.filterwarnings("ignore", category=NotGraphedWarning)  # the last batch of an epoch may be smaller
         # Deprecations inside Lightning are not ours to mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning")
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")

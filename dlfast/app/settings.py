@@ -52,6 +52,7 @@ class TrainConfig:
         out: folder of the run's files; None keeps none.
         resume: go on with the run in `out`.
         progress: print a line per epoch, and a bar on a terminal.
+        cuda_graph: on a GPU, take whole steps as CUDA graphs, to the same result.
     """
 
     network: str
@@ -71,6 +72,7 @@ class TrainConfig:
     out: Path | None = None
     resume: bool = False
     progress: bool = True
+    cuda_graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -195,17 +197,32 @@ def read_settings(path: Path) -> Settings:
 
 
 def make_optimizer(
-    settings: Settings, parameters: Iterable[Parameter], fused: bool | None = None
+    settings: Settings, parameters: Iterable[Parameter], fused: bool | None = None, capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """dlfast's optimizer, or PyTorch's where the backend is "torch"; `fused` as torch.optim takes it."""
+    """dlfast's optimizer, or PyTorch's where the backend is "torch"; `fused` and `capturable` as torch.optim takes
+    them, and whatever a checkpoint says that is loaded later."""
     package: Any = dlfast.optim if settings.backend == "fused" else torch.optim
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": fused}
     if settings.optimizer == "sgd":
         options["momentum"] = settings.momentum
+    elif settings.backend == "torch":
+        options["capturable"] = capturable
     kinds = {"sgd": package.SGD, "adam": package.Adam, "adamw": package.AdamW}
     optimizer = kinds[settings.optimizer](parameters, **options)
     assert isinstance(optimizer, torch.optim.Optimizer)
+    if settings.backend == "torch":  # dlfast's keeps its own by itself
+        optimizer.register_load_state_dict_pre_hook(_with_own_capturable)
     return optimizer
+
+
+def _with_own_capturable(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A run may go on with or without a GPU, where steps are counted on different devices."""
+    pairs = zip(saved["param_groups"], optimizer.param_groups, strict=False)  # torch.optim refuses other numbers
+    groups = [
+        {**group, "capturable": own["capturable"]} if "capturable" in group and "capturable" in own else group
+        for group, own in pairs
+    ]
+    return {**saved, "param_groups": groups} if len(groups) == len(saved["param_groups"]) else saved
 
 
 def _check(settings: Settings) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dlfast._native import native
+from dlfast._native import native, runs_on
 from dlfast.app import data as datasets
 from dlfast.app.errors import UsageError, one_line
 from dlfast.app.files import write_whole
@@ -139,6 +139,11 @@ def _device(name: str) -> str:
     return name
 
 
+def _can_be_graphed(settings: Settings, device: str) -> bool:
+    """Whether a CUDA graph holds the steps of this run: dlfast's optimizers need a build for the GPU."""
+    return device == "cuda" and (settings.backend == "torch" or runs_on(torch.device("cuda")))
+
+
 @contextlib.contextmanager
 def _only_process(out: Path) -> Iterator[None]:
     """Two runs must not write into one folder. The lock ends with the process, however it ends."""
@@ -164,7 +169,8 @@ def _fit(settings: Settings, config: TrainConfig, out: Path, device: str) -> Res
     data = datasets.load(settings.data, channels, settings.input_size, folder, settings.seed)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = _model(settings, len(data.classes))
-    training = lightning.Training(model, settings, len(data.classes), data.fingerprint)
+    graphed = config.cuda_graph and _can_be_graphed(settings, device)
+    training = lightning.Training(model, settings, len(data.classes), data.fingerprint, graphed)
     say = print if config.progress else _say_nothing
     record = lightning.Record(out, lightning.print_epoch(settings.epochs) if config.progress else _say_nothing)
     last = out / "last.ckpt"
@@ -304,6 +310,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, help="dlfast's or PyTorch's layers and optimizer (default: fused)")
     add("--seed", type=int, metavar="N", help="of weights, order of images and splits (default: 0)")
     add("--workers", type=int, metavar="N", help="processes that load images (default: 0, none)")
+    add(
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_false",
+        help="on a GPU, launch the operators of each step one by one, not as a CUDA graph",
+    )
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NETWORK-DATA-BACKEND)")
     add("--resume", action="store_true", help="go on with the run in --out; its options need no repeating")
 

@@ -28,6 +28,7 @@ class OnDevice(Preparing):
     """Steps whose outcome only the device knows: see csrc/optim/op_cuda.cpp."""
 
     grad_norm: Tensor | None
+    found_inf: Tensor
     _kept: dict[torch.device, Kept]
     _skipped: bool | Tensor
     _shards: Shards | None
@@ -44,6 +45,9 @@ class OnDevice(Preparing):
         raise NotImplementedError
 
     def _options_now(self, unscale: float, finds_inf: bool) -> Any:
+        raise NotImplementedError
+
+    def _step(self, only: Tensor | None) -> None:
         raise NotImplementedError
 
     def _run_on_device(self, prepared: Prepared, scale: Tensor | None, found_inf: Tensor | None) -> bool:
@@ -126,6 +130,28 @@ class OnDevice(Preparing):
                 torch.full((), torch.nan, dtype=torch.float64, device=device),
             )
         return self._kept[device]
+
+    # ---- For dlfast.graphed, which captures steps -----------------------------------------------------------
+
+    def _is_native(self) -> bool:
+        """Whether the last step was, of all parameters."""
+        return self._prepared.get(None) is not None
+
+    def _make_states(self, device: torch.device) -> None:
+        """Make all that a step with these gradients writes, with its first values: by a step that is skipped."""
+        given = vars(self).get("found_inf")
+        self.found_inf = torch.ones((), device=device)
+        try:
+            self._step(None)
+        finally:
+            if given is None:
+                del self.found_inf
+            else:
+                self.found_inf = given
+
+    def _beside_states(self) -> dict[Any, Tensor]:
+        """The tensors that a step writes and `state` does not hold."""
+        return {(name, d): t for d, kept in self._kept.items() for name, t in vars(kept).items()}
 
     def _random_steps_taken(self) -> int:
         """How many steps drew random numbers; waits for the devices that count them."""

@@ -143,6 +143,9 @@ class SGD(FusedStep, torch.optim.SGD):
         counters: dict[Tensor, Tensor] = vars(self).setdefault("_momentum_steps", {})
         return counters
 
+    def _beside_states(self) -> dict[Any, Tensor]:
+        return {**super()._beside_states(), **{("momentum_step", p): t for p, t in self._counters().items()}}
+
     def _plain(
         self, group: dict[str, Any], param: Tensor, grad: Tensor, states: dict[str, Tensor], step: float
     ) -> None:

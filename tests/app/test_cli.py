@@ -185,13 +185,13 @@ def test_every_option_reaches_training(monkeypatch):
     words = (
         "train lenet --data folder --data-dir d --input-size 30x40 --epochs 7 --batch-size 5 --optimizer sgd "
         "--lr 0.5 --momentum 0.25 --weight-decay 0.125 --device cpu --backend torch --seed 9 --workers 1 "
-        "--out o --resume"
+        "--out o --resume --no-cuda-graph"
     )
     assert main(words.split()) == 2
     assert seen == [
         TrainConfig(
             "lenet", "folder", Path("d"), (30, 40), 7, 5, "sgd", 0.5, 0.25, 0.125, "cpu", "torch", 9, 1,
-            Path("o"), resume=True,
+            Path("o"), resume=True, cuda_graph=False,
         )
     ]  # fmt: skip
 

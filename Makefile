@@ -12,7 +12,7 @@ env: .venv/.installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dlfast needs Python 3.10 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
-	$(BIN)/pip install --quiet 'torch>=2.14' torchvision
+	$(BIN)/pip install --quiet 'torch>=2.9' torchvision
 	$(BIN)/pip install --no-build-isolation --verbose -e '.[train]' > .venv/build.log 2>&1 || { tail -n 50 .venv/build.log; exit 1; }
 	@grep -o 'dlfast: built for .*' .venv/build.log | tail -n 1
 	@touch $@

@@ -16,7 +16,7 @@ from pathlib import Path
 
 USUAL_TOOLKIT = Path("/usr/local/cuda")
 # What decides about the machine code.
-NVCC_FLAGS = ["-O3", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-DDLFAST_WITH_CUDA", "-Werror", "all-warnings"]
 # And how it is packed into the library.
 PACKING_FLAGS = ["-Xfatbin=-compress-all"]
 # What is built where nothing else is asked for and no GPU is visible: one binary for all GPUs, as wheels have it. The

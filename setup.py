@@ -71,7 +71,8 @@ def native_extension(cuda: bool):
     level = ["-O1", "-g", "-fno-omit-frame-pointer", "-DDLFAST_WIDE_ON_AVX2"] if sanitize else ["-O3", "-g0"]
     # Python's own flags may ask for -g, which makes the library many times as large; the table of symbols stays.
     link_args = sanitize or (["-Wl,--strip-debug"] if sys.platform.startswith("linux") else [])
-    compile_args = {"cxx": [*level, "-fno-math-errno", *sanitize, *openmp, *WARNINGS, *system]}
+    # Said here, since torch before 2.14 would ask for C++17.
+    compile_args = {"cxx": ["-std=c++20", *level, "-fno-math-errno", *sanitize, *openmp, *WARNINGS, *system]}
     if not cuda:
         return cpp_extension.CppExtension(
             "dlfast._C",

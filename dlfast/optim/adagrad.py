@@ -102,6 +102,11 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
+        if fused is not False:
+            # torch before 2.14 counts on the CPU, and bringing that to a GPU at the first step would wait for it.
+            for p, state in self.state.items():
+                if state["step"].device != p.device:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         if self._extras.state_dtype is not None:
             # torch has made the sums, in the parameters' dtype; ours are made at the first step.
             self.state.clear()

@@ -67,7 +67,7 @@ def compile_cubin(source: Path, arch: int) -> tuple[Path, str]:
     includes = [str(ROOT / "csrc"), *cuda_build.wheel_include_dirs()]
     command = [
         str(Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"), "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v",
-        *cpp_extension.COMMON_NVCC_FLAGS, *cuda_build.NVCC_FLAGS, "-std=c++20",
+        *cpp_extension.COMMON_NVCC_FLAGS, *cuda_build.NVCC_FLAGS,
         *(f"-I{folder}" for folder in includes),
         *(arg for folder in cpp_extension.include_paths() for arg in ("-isystem", folder)),
     ]  # fmt: skip

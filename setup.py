@@ -8,7 +8,7 @@ Environment variables read here (all optional):
   DLFAST_SANITIZE=0|1   1 builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, and the kernels of
                         AVX-512 in AVX2 instructions (default 0)
   TORCH_CUDA_ARCH_LIST  GPU architectures, as for any torch extension
-  MAX_JOBS              parallel compilations; default: one per core and per 3 GB of free memory
+  MAX_JOBS              parallel compilations; default: one per core and per 3 GB of available memory
 """
 
 import json
@@ -44,13 +44,20 @@ def flag(name: str, default: bool) -> bool:
     return value == "1"
 
 
+def available_gb() -> float:
+    """Memory that compilers can have: what the kernel would give, the cache of files included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = {name: int(size.split()[0]) for name, size in (line.split(":") for line in lines)}
+        return found["MemAvailable"] / 2**20
+    except (OSError, KeyError, ValueError, IndexError):
+        return float("inf")  # no Linux: nothing to go by
+
+
 def set_job_limit() -> None:
-    if "MAX_JOBS" in os.environ:
-        return
-    free_gb = 3.0
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, int(free_gb / 3))))
+    if "MAX_JOBS" not in os.environ:
+        by_memory = min(available_gb(), 2**10) / 3
+        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, int(by_memory))))
 
 
 def sources(*suffixes: str) -> list[str]:

@@ -29,7 +29,7 @@ EDGES: dict[str, frozenset[str]] = {
 }
 
 STANDARD = r"[a-z_]+"  # <vector>, <cstdint>
-TORCH = r"(ATen|c10|torch)/.*"
+TORCH = r"(ATen|c10|torch|pybind11)/.*"
 CUDA = r"cuda_\w+\.h"
 
 

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dlfast"
 # By package, or module of the root; "dlfast" is `import dlfast` itself. Every package may import itself.
 ALLOWED = {
     "_native": set(),
+    "_measurements": {"_native"},
     "reference": set(),
     "functional": {"_native", "reference"},
     "nn": {"_native", "functional", "reference"},
@@ -20,7 +21,7 @@ ALLOWED = {
     "choice": {"_native", "functional", "nn", "ran"},
     "fusion": {"_native", "choice", "functional", "nn", "ran"},
     "explain": {"choice", "fusion", "nn", "ran"},
-    "dlfast": {"explain", "functional", "fusion", "models", "nn", "optim", "reference"},
+    "dlfast": {"_measurements", "explain", "functional", "fusion", "models", "nn", "optim", "reference"},
     "info": {"_native", "dlfast"},
     "__main__": {"app"},
 }

@@ -118,7 +118,7 @@ def worth_their_host(kernels: float, host: float, chains: Sequence[tuple[float, 
     [True, True]
     >>> worth_their_host(1e-3, 10e-3, [(1e-3, 2e-4), (1e-5, 2e-4)])  # the host is
     [False, False]
-    >>> worth_their_host(10e-3, 9.9e-3, [(1e-5, 2e-4), (1e-3, 2e-4)])  # there is time for one
+    >>> worth_their_host(10e-3, 9.5e-3, [(1e-5, 2e-4), (1e-3, 2e-4)])  # there is time for one
     [False, True]
     """
     taken = [False] * len(chains)

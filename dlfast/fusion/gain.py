@@ -23,11 +23,11 @@ Shapes = Mapping[int, tuple[torch.Size, torch.dtype]]
 # Beside one H100 a step of ResNet-50 (benchmarks/results/h100/networks.json) took 37.7 ms with 53 chains that normalise
 # and 26.5 ms without, though the kernels of both took less. Chains that do not normalise were seen to take no longer.
 HOST_SECONDS = {"conv": 0.0, "bn": 2.1e-4, "relu": 0.0}
-# And what it takes for a layer of PyTorch: those 26.5 ms over the 126 layers.
+# And what it takes for a layer of PyTorch: those 26.5 ms, under autocast, over the 126 layers.
 LAYER_HOST_SECONDS = 2.1e-4
 # Kernels of that step in times that it takes to move the input of the layer once at the full bandwidth of the memory:
-# normalisation by PyTorch and by us, and PyTorch's ReLU.
-NORM_PASSES, OWN_NORM_PASSES, RELU_PASSES = 17, 13, 5
+# normalisation by PyTorch and by us with all that follows it, PyTorch's ReLU, and the backward of its max pooling.
+NORM_PASSES, OWN_NORM_PASSES, RELU_PASSES, POOL_PASSES = 17, 13, 5, 15
 
 
 def weigh(chain: Chain, shapes: Shapes | None) -> str:
@@ -83,7 +83,8 @@ def _count_host(chain: Chain, z: Tensor, device: torch.device) -> None:
         with torch.cuda.device(device):
             bandwidth = native.module.cuda_bandwidth()
         one_pass = z.numel() * z.element_size() / bandwidth
-        chain.eager_seconds = (NORM_PASSES + (RELU_PASSES if chain.window.activation else 0)) * one_pass
+        relu, pool = chain.window.activation is not None, chain.window.pool is not None
+        chain.eager_seconds = (NORM_PASSES + RELU_PASSES * relu + POOL_PASSES * pool) * one_pass
         chain.seconds_saved = (chain.seconds_saved or 0.0) + chain.eager_seconds - OWN_NORM_PASSES * one_pass
 
 

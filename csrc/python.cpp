@@ -9,10 +9,10 @@
 
 #include "chain/conv_norm.h"
 #include "conv/autograd.h"
+#include "conv/bind_cuda.h"
 #include "conv/cpu_kind.h"
 #include "conv/heuristics.h"
 #include "conv/measure_block.h"
-#include "conv/measure_cuda.h"
 #include "core/ran.h"
 #include "core/simd.h"
 #include "norm/autograd.h"
@@ -140,6 +140,7 @@ void bind_reports(py::module_& m) {
       .def_readonly("forward", &Report::forward)
       .def_readonly("grad_input", &Report::grad_input)
       .def_readonly("grad_weight", &Report::grad_weight)
+      .def_readonly("basis", &Report::basis)
       .def_readonly("measured_ours", &Report::measured_ours)
       .def_readonly("measured_eager", &Report::measured_eager);
   m.def("report_block", report_block, py::kw_only(), py::arg("input"), py::arg("weight"), py::arg("bias"),
@@ -181,8 +182,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("peak_bandwidth", dlfast::peak_bandwidth, py::call_guard<py::gil_scoped_release>(),
         "Bytes per second that the threads of ATen read and write when copying memory");
 #ifdef DLFAST_WITH_CUDA
-  m.def("forget_measurements", dlfast::forget_measurements,
-        "Forgets what was timed under torch.backends.cudnn.benchmark");
+  dlfast::bind_cuda(m);
 #endif
   dlfast::optim::bind_step(m);
 }

@@ -30,6 +30,7 @@ ALGORITHMS = {
     "reference": "plain PyTorch",
 }
 FASTER = "PyTorch's kernels are faster here"
+MEASURED = "measured"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class BlockChoice:
             or "reference" where compiled operators do not run at all. On CUDA "eager" stands among the predicted
             candidates for comparison. With `torch.backends.cudnn.benchmark` whole blocks are measured, and it is the
             name of all three where PyTorch's kernels, one by one, were faster.
-        reason: why, in a sentence.
+        reason: why, in a sentence; on CUDA also what the predictions rest on.
         predicted_gain: time of PyTorch's kernels over the chosen ones, forward and the gradients that are needed;
             measured where the block was.
         flops: multiplications and additions of one convolution; forward and each gradient have as many.
@@ -94,6 +95,16 @@ class BlockChoice:
     parts: tuple[Part, ...]
     floor: float
     ran: tuple[Ran, ...] | None = None
+
+    @property
+    def seconds_saved(self) -> float:
+        """By the chosen algorithms, in the forward and the gradients that are needed; below 0 where they lose."""
+        return self.eager_seconds - self.eager_seconds / self.predicted_gain
+
+    @property
+    def eager_seconds(self) -> float:
+        """Of PyTorch's kernels, in the same parts."""
+        return sum(part.chosen.seconds for part in self.parts) * self.predicted_gain
 
     def __str__(self) -> str:
         lines = [f"{self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB"]
@@ -186,6 +197,8 @@ def _from_report(report: Any, training: bool, needs_input: bool) -> BlockChoice:
         if eager < ours:
             algorithms, reason = ["eager"] * 3, "PyTorch's kernels"
         reason += f"; measured as a whole: {eager * 1e3:.3g} ms by PyTorch's kernels, {ours * 1e3:.3g} ms by ours"
+    elif report.basis and all(part.reason != MEASURED for part in needed):
+        reason += f"; {report.basis}"
     forward, grad_input, grad_weight = algorithms
     moved = parts[0].chosen.bytes
     return BlockChoice(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Idle threads of one process must not spin on the cores that the tests of another need; torch reads it when loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What tests time, on an emulator perhaps, is nothing that others should go by.
+os.environ["DLFAST_CACHE_DIR"] = ""
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dlfast"
 # By package, or module of the root; "dlfast" is `import dlfast` itself. Every package may import itself.
 ALLOWED = {
     "_native": set(),
+    "_measurements": {"_native"},
     "reference": set(),
     "functional": {"_native", "reference"},
     "nn": {"_native", "functional", "reference"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "fusion": {"_native", "choice", "functional", "nn", "ran"},
     "explain": {"choice", "fusion", "nn", "ran"},
     "graphed": {"optim"},
-    "dlfast": {"explain", "functional", "fusion", "graphed", "models", "nn", "optim", "reference"},
+    "dlfast": {"_measurements", "explain", "functional", "fusion", "graphed", "models", "nn", "optim", "reference"},
     "info": {"_native", "dlfast"},
     "__main__": {"app"},
 }

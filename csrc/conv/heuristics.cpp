@@ -11,7 +11,9 @@
 #include "conv/cpu_kind.h"
 #include "core/checks.h"
 #ifdef DLFAST_WITH_CUDA
+#include "conv/measure_cuda.h"
 #include "conv/op_cuda.h"
+#include "conv/predict_cuda.h"
 #endif
 
 namespace dlfast {
@@ -67,6 +69,7 @@ Context context_of(const Tensor& input, Dtype dtype, bool save_winner_mask, Mask
                   .flops = 1.0,
                   .device = nullptr,
                   .math_mode = MathMode::fma,
+                  .device_index = input.device().index(),
                   .mask = mask};
   if (context.cpu) context.flops = assumed_cpu().nominal_flops() * static_cast<double>(context.threads);
 #ifdef DLFAST_WITH_CUDA
@@ -100,16 +103,28 @@ bool is_traced() {
   return c10::impl::dispatch_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
 }
 
+// On CUDA the operator itself chooses: where PyTorch is set to measure, it measures first. Only a convolution
+// with nothing after it may be none of ours from the start.
+bool predicts_plain_convolution([[maybe_unused]] const Tensor& input,
+                                [[maybe_unused]] const BlockOptions& options) {
+#ifdef DLFAST_WITH_CUDA
+  return input.is_cuda() && options.pool.is_nothing() && !goes_by_measurements(input);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 BlockChoice choose_block(const Tensor& input, const Tensor& weight, const BlockOptions& options,
                          bool backward) {
-  // On CUDA the operator itself chooses: where PyTorch is set to measure, it measures first.
-  if (!input.is_cpu() || !has_numbers(input) || !has_numbers(weight) || input.dim() != 4) return {};
+  if (!has_numbers(input) || !has_numbers(weight) || input.dim() != 4) return {};
+  if (!input.is_cpu() && !predicts_plain_convolution(input, options)) return {};
   constexpr const char* op = "conv_relu_pool2d";
   const Dtype dtype = check_dtype(op, "input", input);
   check_alike(op, "weight", weight, "input", input);
   const ConvBlockParams p = params_of(op, options, input, weight);
+  const c10::OptionalDeviceGuard guard(input.device());
   const Context context = context_of(input, dtype, backward);
   BlockChoice block;
   bool pytorch = input.numel() > 0;
@@ -124,7 +139,7 @@ BlockChoice choose_block(const Tensor& input, const Tensor& weight, const BlockO
     take(Part::grad_weight);
   }
   block.is_plain_convolution = pytorch && options.pool.is_nothing();
-  if (is_traced()) block.algorithms = {};
+  if (is_traced() || !input.is_cpu()) block.algorithms = {};
   return block;
 }
 
@@ -138,30 +153,61 @@ Algorithm chosen_or_choose(const ChosenAlgorithms& algorithms, const ConvBlockPa
   return algorithm;
 }
 
+namespace {
+
+constexpr const char* kExplain = "explain";
+
+// Its floor and basis are those of the device.
+BlockReport report_of(const ConvBlockParams& p, const Context& context) {
+  return {.flops = convolution_flops(p.conv),
+          .floor = 0,
+          .forward = choose(p, context, Part::forward),
+          .grad_input = choose(p, context, Part::grad_input),
+          .grad_weight = choose(p, context, Part::grad_weight),
+          .basis = ""};
+}
+
+#ifdef DLFAST_WITH_CUDA
+BlockReport cuda_report_of(const ConvBlockParams& p, const Context& context) {
+  BlockReport report = report_of(p, context);
+  const CudaConv c{.p = p, .dtype = context.dtype, .math_mode = context.math_mode};
+  report.floor = floor_seconds(c, *context.device, context.save_winner_mask);
+  report.basis = basis_of(*context.device);
+  return report;
+}
+#endif
+
+}  // namespace
+
 BlockReport report_block(const Tensor& input, const Tensor& weight, const BlockOptions& options,
                          bool save_winner_mask, Mask mask, double flops, double bandwidth) {
-  constexpr const char* op = "explain";
-  const Dtype dtype = check_dtype(op, "input", input);
-  const ConvBlockParams p = params_of(op, options, input, weight);
+  const Dtype dtype = check_dtype(kExplain, "input", input);
+  const ConvBlockParams p = params_of(kExplain, options, input, weight);
   const c10::OptionalDeviceGuard guard(input.device());
   Context context = context_of(input, dtype, save_winner_mask, mask);
-  if (context.cpu) context.flops = flops;
-  BlockReport report{.flops = convolution_flops(p.conv),
-                     .floor = 0,
-                     .forward = choose(p, context, Part::forward),
-                     .grad_input = choose(p, context, Part::grad_input),
-                     .grad_weight = choose(p, context, Part::grad_weight)};
 #ifdef DLFAST_WITH_CUDA
-  if (context.device != nullptr) {
-    report.floor = floor_seconds(p, context);
-    return report;
-  }
+  if (context.device != nullptr) return cuda_report_of(p, context);
 #endif
+  if (context.cpu) context.flops = flops;
+  BlockReport report = report_of(p, context);
   const Choice& forward = report.forward;
   double bytes = forward.candidates[0].bytes;
   for (int i = 1; i < forward.count; ++i) bytes = std::min(bytes, forward.candidates[i].bytes);
   report.floor = context.cpu ? std::max(report.flops / flops, bytes / bandwidth) : 0.0;
   return report;
 }
+
+#ifdef DLFAST_WITH_CUDA
+BlockReport report_block_on(const CudaDevice& device, const Tensor& input, const Tensor& weight,
+                            const BlockOptions& options, bool save_winner_mask, Mask mask) {
+  const Dtype dtype = check_dtype(kExplain, "input", input);
+  const ConvBlockParams p = params_of(kExplain, options, input, weight);
+  Context context = context_of(input, dtype, save_winner_mask, mask);
+  context.device = &device;
+  context.device_index = Context::kDescribed;
+  context.math_mode = cuda_math_mode(dtype, device);
+  return cuda_report_of(p, context);
+}
+#endif
 
 }  // namespace dlfast

@@ -21,6 +21,8 @@ namespace dlfast {
 
 // What a choice depends on besides the block.
 struct Context {
+  static constexpr int64_t kDescribed = -1;
+
   Dtype dtype;
   bool cpu;               // there is something to compute, and on a CPU
   bool save_winner_mask;  // a backward will follow
@@ -28,7 +30,8 @@ struct Context {
   double flops;              // of a CPU's threads together, per second: what times are scaled by
   const CudaDevice* device;  // null where not on CUDA
   MathMode math_mode;        // on CUDA
-  Mask mask;                 // gradients that are wanted, by what was measured of a backward
+  int64_t device_index;      // of that device, or kDescribed: nothing was measured on it
+  Mask mask;                 // gradients that are wanted, which share parts of a backward
 };
 
 Context context_of(const at::Tensor& input, Dtype dtype, bool save_winner_mask,
@@ -42,8 +45,8 @@ Choice choose_cpu(const ConvBlockParams& p, const Context& context, Part part);
 bool takes_on_cpu(const ConvBlockParams& p, const Context& context, Part part, Algorithm algorithm);
 #ifdef DLFAST_WITH_CUDA
 Choice choose_cuda(const ConvBlockParams& p, const Context& context, Part part);
-// The least seconds that a forward takes on the device of `context`.
-double floor_seconds(const ConvBlockParams& p, const Context& context);
+// What predictions for a device rest on, in a few words.
+const char* basis_of(const CudaDevice& device);
 #endif
 
 // What DLFAST_ALGORITHM asks for, or "". Raises for a name that is none.
@@ -75,11 +78,18 @@ struct BlockReport {
   double flops;  // of one convolution: forward, grad_input and grad_weight have as many each
   double floor;  // the least seconds of a forward
   Choice forward, grad_input, grad_weight;
+  const char* basis;  // of predictions for this device; "" where there is no more to say
 };
 
 // The choices for these tensors, batched, with the number of threads set now; mask says which gradients a
 // backward wants, `flops` and `bandwidth` what this CPU was measured to reach. Raises as the operator.
 BlockReport report_block(const at::Tensor& input, const at::Tensor& weight, const BlockOptions& options,
                          bool save_winner_mask, Mask mask, double flops, double bandwidth);
+
+#ifdef DLFAST_WITH_CUDA
+// The same for a GPU that need not be there, and tensors that have sizes and strides at least.
+BlockReport report_block_on(const CudaDevice& device, const at::Tensor& input, const at::Tensor& weight,
+                            const BlockOptions& options, bool save_winner_mask, Mask mask);
+#endif
 
 }  // namespace dlfast

@@ -22,7 +22,6 @@ constexpr int64_t kBlockKey = -1;
 MemoKey key_of(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                const BlockOptions& options, bool backward) {
   MemoKey key{kBlockKey,
-              input.device().index(),
               static_cast<int64_t>(input.scalar_type()),
               options.conv.groups,
               static_cast<int64_t>(options.pool.activation),
@@ -51,7 +50,7 @@ std::optional<BlockSeconds> measured_block(const Tensor& input, const Tensor& we
                                            const OptionalTensor& bias, const BlockOptions& options,
                                            bool backward) {
   if (!goes_by_measurements(input) || is_forced_on_cuda()) return std::nullopt;
-  const auto seconds = remembered(key_of(input, weight, bias, options, backward));
+  const auto seconds = remembered(input.device().index(), key_of(input, weight, bias, options, backward));
   if (!seconds) return std::nullopt;
   return BlockSeconds{.ours = seconds->at(0), .eager = seconds->at(1)};
 }
@@ -82,7 +81,7 @@ bool eager_is_faster(const Tensor& input, const Tensor& weight, const OptionalTe
                            .eager = seconds([&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
                              return eager_block(x, w, b, options);
                            })};
-  remember(key_of(input, weight, bias, options, backward), {found.ours, found.eager});
+  remember(input.device().index(), key_of(input, weight, bias, options, backward), {found.ours, found.eager});
   return found.eager < found.ours;
 }
 

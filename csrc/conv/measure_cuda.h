@@ -7,9 +7,11 @@
 #include <array>
 #include <functional>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "conv/heuristics.h"
+#include "conv/predict_cuda.h"
 
 namespace dlfast {
 
@@ -29,25 +31,30 @@ bool may_measure(const at::Tensor& tensor);
 // shortest of three, after one to warm up. Infinite where it finds no memory. Waits for the device.
 double seconds_of(const std::function<void()>& work);
 
-// Seconds, in an order that is the caller's, as they were remembered under `key`.
-std::optional<std::vector<double>> remembered(const MemoKey& key);
-void remember(const MemoKey& key, std::vector<double> seconds);
+// Seconds, in an order that is the caller's, as they were remembered under `key` for a device: in this
+// process, or in one before it where there is a keeper.
+using Measurements = std::vector<std::pair<MemoKey, std::vector<double>>>;
+std::optional<std::vector<double>> remembered(int64_t device, const MemoKey& key);
+void remember(int64_t device, const MemoKey& key, std::vector<double> seconds);
+Measurements all_remembered(int64_t device);
+// As in a new process.
 void forget_measurements();
 
-// What `remembered` holds of a backward.
-struct BackwardSeconds {
-  double expand;  // which both dense gradients need, once
-  double dense_input, own_input;
-  double dense_weight, own_weight;  // with grad_bias
-
-  std::vector<double> list() const { return {expand, dense_input, own_input, dense_weight, own_weight}; }
-  static BackwardSeconds of(const std::vector<double>& s) {
-    return {s.at(0), s.at(1), s.at(2), s.at(3), s.at(4)};
-  }
+// What keeps measurements for other processes. `load` is called once for a device, before the first of its
+// measurements is asked for; `save` when there are kUnsaved more of them than before.
+struct MeasurementKeeper {
+  std::function<Measurements(int64_t device)> load;
+  std::function<void(int64_t device)> save;
 };
+constexpr int kUnsaved = 32;
+void keep_measurements(MeasurementKeeper keeper);
 
-// Keys of the forward and the backward of a block; equal for equal problems on equal devices.
-MemoKey forward_key(const CudaConv& c, int64_t device_index, bool save_winner_mask);
-MemoKey backward_key(const CudaConv& c, int64_t device_index, Mask mask);
+// What `remembered` holds of a backward: BackwardSeconds.
+std::vector<double> list_of(const BackwardSeconds& s);
+BackwardSeconds backward_seconds_of(const std::vector<double>& list);
+
+// Keys of the forward and the backward of a block; equal for equal problems.
+MemoKey forward_key(const CudaConv& c, bool save_winner_mask);
+MemoKey backward_key(const CudaConv& c, Mask mask);
 
 }  // namespace dlfast

@@ -143,8 +143,9 @@ std::tuple<Tensor, Tensor> single_grad_weight(const CudaConv& c, const Tensor& i
 void measure_forward(const CudaConv& c, bool save_winner_mask, const Tensor& input,
                      const std::function<void()>& epilogue, const std::function<void()>& single) {
   if (!may_measure(input) || is_forced_on_cuda() || !conv_forward_work(c, current_cuda_device())) return;
-  const MemoKey key = forward_key(c, input.device().index(), save_winner_mask);
-  if (!remembered(key)) remember(key, {seconds_of(epilogue), seconds_of(single)});
+  const int64_t index = input.device().index();
+  const MemoKey key = forward_key(c, save_winner_mask);
+  if (!remembered(index, key)) remember(index, key, {seconds_of(epilogue), seconds_of(single)});
 }
 
 void measure_backward(const CudaConv& c, const Tensor& input, Mask mask, const BackwardTrials& trials) {
@@ -153,8 +154,9 @@ void measure_backward(const CudaConv& c, const Tensor& input, Mask mask, const B
   const bool fits_input = mask[0] && conv_grad_input_work(c, device).has_value();
   const bool fits_weight = conv_grad_weight_fits(c, device);
   if (!fits_input && !fits_weight) return;
-  const MemoKey key = backward_key(c, input.device().index(), mask);
-  if (remembered(key)) return;
+  const int64_t index = input.device().index();
+  const MemoKey key = backward_key(c, mask);
+  if (remembered(index, key)) return;
   constexpr double kNever = std::numeric_limits<double>::infinity();
   const BackwardSeconds found{.expand = seconds_of(trials.expand),
                               .dense_input = mask[0] ? seconds_of(trials.dense_input) : 0.0,
@@ -163,7 +165,7 @@ void measure_backward(const CudaConv& c, const Tensor& input, Mask mask, const B
                                                         : kNever,
                               .dense_weight = seconds_of(trials.dense_weight),
                               .own_weight = fits_weight ? seconds_of(trials.own_weight) : kNever};
-  remember(key, found.list());
+  remember(index, key, list_of(found));
 }
 
 }  // namespace dlfast

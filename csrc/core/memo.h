@@ -17,6 +17,9 @@ namespace dlfast {
 class MemoKey {
  public:
   MemoKey(std::initializer_list<int64_t> numbers) : numbers_(numbers) {}
+  explicit MemoKey(std::vector<int64_t> numbers) : numbers_(std::move(numbers)) {}
+
+  const std::vector<int64_t>& numbers() const { return numbers_; }
 
   void add(std::initializer_list<int64_t> numbers) {
     numbers_.insert(numbers_.end(), numbers.begin(), numbers.end());
@@ -68,6 +71,12 @@ class Memo {
     Value value = compute();
     put(key, value);
     return value;
+  }
+
+  // All of it as it is now, in no order.
+  std::vector<std::pair<MemoKey, Value>> entries() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {values_.begin(), values_.end()};
   }
 
   void clear() {

@@ -66,6 +66,9 @@ class Chain:
     last: Site | None = None  # whose value is the chain's
     choice: BlockChoice | None = None  # of a convolution block, where example inputs were given
     bytes_saved: int | None = None
+    seconds_saved: float | None = None  # of kernels in a training step, where they were estimated
+    eager_seconds: float = 0.0  # of PyTorch's kernels for its normalisation and what follows
+    host_seconds: float = 0.0  # that the host takes longer in a training step
 
     @property
     def window(self) -> Window:

@@ -1,15 +1,15 @@
-"""Whether a fused chain is faster than what it replaces, and what it saves."""
+"""Whether a fused chain is faster than what it replaces, and what it saves: by itself, and beside all others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dlfast._native import runs_on
+from dlfast._native import native, runs_on
 from dlfast.choice import BlockChoice, choose
 from dlfast.fusion.chain import Chain
 from dlfast.fusion.sizes import convolved, ordinary
@@ -18,6 +18,16 @@ from dlfast.nn.conv import ConvReLUPool2d
 
 # The input of a layer (shape, dtype), by the id of the layer.
 Shapes = Mapping[int, tuple[torch.Size, torch.dtype]]
+
+# Seconds that the host of a GPU takes longer for a chain in a training step than for its layers, by what is in it. None
+# takes longer: `dlfast bench overhead` has the chains beside their layers.
+HOST_SECONDS = {"conv": 0.0, "bn": 0.0, "relu": 0.0}
+# And what it takes for a layer of PyTorch: 26.5 ms of a step of ResNet-50 beside an H100, under autocast, over its 126
+# layers (benchmarks/results/h100/networks.json).
+LAYER_HOST_SECONDS = 2.1e-4
+# Kernels of that step in times that it takes to move the input of the layer once at the full bandwidth of the memory:
+# normalisation by PyTorch and by us with all that follows it, PyTorch's ReLU, and the backward of its max pooling.
+NORM_PASSES, OWN_NORM_PASSES, RELU_PASSES, POOL_PASSES = 17, 13, 5, 15
 
 
 def weigh(chain: Chain, shapes: Shapes | None) -> str:
@@ -55,11 +65,75 @@ def _measure(chain: Chain, shape: torch.Size, dtype: torch.dtype) -> str:
         if chain.adaptive is not None and ordinary(chain.adaptive, z.shape[-2:]) is None:
             return f"the adaptive pooling is no ordinary one at {tuple(z.shape[-2:])}"
         chain.choice = _choice(conv, chain, shape, dtype)
+        chain.seconds_saved = chain.choice.seconds_saved
     else:
         z = torch.empty(shape, dtype=dtype, device="meta")
     if chain.window.pool is not None:
         chain.bytes_saved = _bytes_saved(chain, z)
+    tensor = _some_tensor(chain)
+    if tensor is not None and tensor.device.type == "cuda":
+        _count_host(chain, z, tensor.device)
     return ""
+
+
+def _count_host(chain: Chain, z: Tensor, device: torch.device) -> None:
+    """Fill in what a chain costs the host of a GPU; for a normalisation also what it saves of kernels."""
+    chain.host_seconds = HOST_SECONDS["bn" if chain.bn is not None else chain.kind]
+    if chain.bn is not None and native.module is not None:
+        with torch.cuda.device(device):
+            bandwidth = native.module.cuda_bandwidth()
+        one_pass = z.numel() * z.element_size() / bandwidth
+        relu, pool = chain.window.activation is not None, chain.window.pool is not None
+        chain.eager_seconds = (NORM_PASSES + RELU_PASSES * relu + POOL_PASSES * pool) * one_pass
+        chain.seconds_saved = (chain.seconds_saved or 0.0) + chain.eager_seconds - OWN_NORM_PASSES * one_pass
+
+
+def spare_the_host(chains: Sequence[Chain], model: nn.Module) -> None:
+    """Leave alone the chains that would make a training step on CUDA wait longer for the host than they save.
+
+    The host and the GPU work side by side, and a step takes as long as the slower of them. In evaluation a
+    normalisation is folded into the convolution, which spares the host too: such a model is fused whole.
+    """
+    costly = [chain for chain in chains if chain.host_seconds > 0 and chain.seconds_saved is not None]
+    if not model.training or not costly:
+        return
+    others = [chain for chain in chains if chain not in costly]
+    host = LAYER_HOST_SECONDS * sum(not list(module.children()) for module in model.modules())
+    kernels = sum(_eager_seconds(chain) for chain in chains) - sum(chain.seconds_saved or 0.0 for chain in others)
+    taken = worth_their_host(kernels, host, [(c.seconds_saved or 0.0, c.host_seconds) for c in costly])
+    for chain, is_taken in zip(costly, taken, strict=True):
+        if not is_taken:
+            chain.why_not = (
+                f"a training step waits for the host, which would take {chain.host_seconds * 1e3:.2g} ms longer, "
+                f"and kernels {(chain.seconds_saved or 0.0) * 1e3:.2g} ms less (estimated)"
+            )
+
+
+def worth_their_host(kernels: float, host: float, chains: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of `chains`, each with the seconds of kernels it saves and those of the host it takes, shorten a step.
+
+    Args:
+        kernels, host: seconds of a step without any of them.
+
+    >>> worth_their_host(10e-3, 1e-3, [(1e-3, 2e-4), (1e-5, 2e-4)])  # the GPU is the slower one
+    [True, True]
+    >>> worth_their_host(1e-3, 10e-3, [(1e-3, 2e-4), (1e-5, 2e-4)])  # the host is
+    [False, False]
+    >>> worth_their_host(10e-3, 9.5e-3, [(1e-5, 2e-4), (1e-3, 2e-4)])  # there is time for one
+    [False, True]
+    """
+    taken = [False] * len(chains)
+    for index, (saved, cost) in sorted(enumerate(chains), key=lambda item: item[1][1] - item[1][0]):
+        if max(kernels - saved, host + cost) < max(kernels, host):
+            taken[index] = True
+            kernels, host = kernels - saved, host + cost
+    return taken
+
+
+def _eager_seconds(chain: Chain) -> float:
+    """Of the kernels of PyTorch that `chain` replaces."""
+    of_choice = 0.0 if chain.choice is None else chain.choice.eager_seconds
+    return of_choice + chain.eager_seconds
 
 
 def _bytes_saved(chain: Chain, z: Tensor) -> int:

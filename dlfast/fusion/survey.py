@@ -15,7 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from dlfast.fusion.chain import Chain, chains_of, extend
 from dlfast.fusion.forward import is_put
-from dlfast.fusion.gain import Shapes, weigh
+from dlfast.fusion.gain import Shapes, spare_the_host, weigh
 from dlfast.fusion.steps import Step
 from dlfast.fusion.tracing import Level, trace
 from dlfast.nn.plain import HOOKS
@@ -75,6 +75,7 @@ def survey(model: nn.Module, shapes: Shapes | None = None) -> Survey:
                 chain.tail = pooling
             else:
                 chain.why_not = ""
+    spare_the_host(found.fused, model)
     return found
 
 

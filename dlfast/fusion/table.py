@@ -144,4 +144,6 @@ def _megabytes(count: int | None) -> str:
 
 
 def _gain(chain: Chain) -> str:
-    return "" if chain.choice is None else f"{chain.choice.predicted_gain:.2f}x"
+    gain = "" if chain.choice is None else f"{chain.choice.predicted_gain:.2f}x"
+    host = f"{chain.host_seconds * 1e3:.2f} ms more of the host" if chain.host_seconds else ""
+    return ", ".join(part for part in (gain, host) if part)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
 import torch.utils.checkpoint
 
 import dlfast
+from dlfast import ran
+from dlfast._measurements import Keeper, connect, identify
 from dlfast._native import native
 from tests.functional.test_conv_cuda import on_cuda
 from tests.support.native import CUDA_KERNELS
@@ -121,6 +124,52 @@ def test_gradients_are_the_same_with_benchmark(monkeypatch):
     for plain, measured in zip(*grads, strict=True):
         scale = plain.abs().max().item()
         torch.testing.assert_close(plain, measured, rtol=0, atol=1e-2 * scale)
+
+
+def test_what_was_measured_is_there_for_the_next_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("DLFAST_CACHE_DIR", str(tmp_path))
+    compiled = native.module
+
+    def new_process() -> Keeper:
+        keeper = Keeper(compiled, partial(identify, dlfast.__version__, compiled))
+        compiled.keep_measurements(load=keeper.load, save=keeper.save)
+        compiled.forget_measurements()
+        return keeper
+
+    try:
+        keeper, module, x = new_process(), block(16), tensor(2, 16, 16, 16)
+        assert "measured as a whole" not in dlfast.explain(module, x).reason
+        module(x)
+        first = dlfast.explain(module, x)
+        keeper.save_all()
+        new_process()
+        assert dlfast.explain(module, x) == first
+        assert "measured as a whole" in first.reason
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        assert "predicted" in dlfast.explain(module, x).reason
+    finally:
+        connect(dlfast.__version__)
+
+
+def test_explain_says_what_predictions_rest_on():
+    """A GPU that no constant was measured on, as the emulated ones of compute capability 8.0, is told as such."""
+    reason = dlfast.explain(block(16), tensor(2, 16, 16, 16)).reason
+    known = torch.cuda.get_device_capability() == (9, 0)
+    assert ("what an H100 measured" if known else "not measured on this GPU") in reason
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_convolution_alone_is_pytorchs_own(backward):
+    """No pass of ours copies its output, where cuDNN is chosen for all of it."""
+    layer = dlfast.nn.ConvReLUPool2d(16, 8, 3, activation=None, pool=None, device="cuda", dtype=torch.float64)
+    x = torch.randn(2, 16, 8, 8, device="cuda", dtype=torch.float64, requires_grad=backward)
+    with torch.set_grad_enabled(backward), ran.watch() as seen:
+        y = layer(x)
+        if backward:
+            y.sum().backward()
+    assert seen == []
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(x, layer.weight, layer.bias))
 
 
 def test_a_forced_plan_is_not_measured(monkeypatch):

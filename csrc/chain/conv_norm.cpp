@@ -2,6 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
+#include <ATen/record_function.h>
 
 #include <string>
 #include <tuple>
@@ -120,6 +121,8 @@ std::optional<Tensor> conv_norm_pool2d(const ConvNormTensors& t, double momentum
       asks_gradient(t.running_mean) || asks_gradient(t.running_var)) {
     return std::nullopt;
   }
+  RECORD_FUNCTION("dlfast::conv_batch_norm_relu_pool2d",
+                  c10::ArrayRef<const c10::IValue>());  // for a profiler
   if (const c10::DeviceType device = t.input.device().type(); at::autocast::is_autocast_enabled(device)) {
     const LowerPrecision cast(device);
     const Tensor input = cast(t.input), weight = cast(t.weight);

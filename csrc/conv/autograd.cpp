@@ -5,6 +5,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include <string>
@@ -184,6 +185,8 @@ Tensor conv_relu_pool2d_autocast(const Tensor& input, const Tensor& weight, cons
 std::optional<Tensor> conv_relu_pool2d_plain(const Tensor& input, const Tensor& weight,
                                              const OptionalTensor& bias, const PublicOptions& options) {
   if (!are_plain(input, weight, bias)) return std::nullopt;
+  RECORD_FUNCTION("dlfast::conv_relu_pool2d",
+                  c10::ArrayRef<const c10::IValue>());  // as the dispatcher would for a profiler
   const c10::DeviceType device = input.device().type();
   if (!at::autocast::is_autocast_enabled(device)) return conv_relu_pool2d(input, weight, bias, options);
   const LowerPrecision cast(device);

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/native_batch_norm_backward.h>
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -184,6 +185,7 @@ std::optional<Tensor> batch_norm_relu_pool2d(const Tensor& input, const Optional
                            {running_mean, running_var, weight, bias})) {
     return std::nullopt;
   }
+  RECORD_FUNCTION("dlfast::batch_norm_relu_pool2d", c10::ArrayRef<const c10::IValue>());  // for a profiler
   if (training) check_batch(input);
   const bool save_winner_mask = records(input, weight, bias);
   const OptionalTensor none;

@@ -1,5 +1,6 @@
 #include "conv/cpu_kind.h"
 
+#include <ATen/core/ivalue.h>
 #include <ATen/cpu/Utils.h>
 
 #include <algorithm>
@@ -7,6 +8,22 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <unordered_map>
+
+// For versions of PyTorch that do not tell: overload resolution prefers its own function, which is no template.
+// Not within dlfast, where this name would hide that one.
+namespace untold {
+template <typename = void>
+std::unordered_map<std::string, c10::IValue> get_cpu_capabilities() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+  return {{"amx_bf16", __builtin_cpu_supports("amx-bf16") != 0},
+          {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
+          {"avx512_fp16", __builtin_cpu_supports("avx512fp16") != 0}};
+#else
+  return {};
+#endif
+}
+}  // namespace untold
 
 namespace dlfast {
 namespace {
@@ -25,7 +42,9 @@ constexpr CpuKind kKinds[] = {
 };
 
 CpuKind this_cpu() {
-  const auto& capabilities = at::cpu::get_cpu_capabilities();
+  using namespace at::cpu;
+  using namespace untold;
+  const auto capabilities = get_cpu_capabilities();
   const auto products_by = [&](const char* tiles, const char* vectors) {
     const auto has = [&](const char* name) {
       const auto found = capabilities.find(name);

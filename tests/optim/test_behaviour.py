@@ -105,6 +105,11 @@ def test_copies_step_on_their_own(name, how):
 @by_torch_name
 @engines
 def test_schedulers_added_groups_and_tensor_lr(name, fused):
+    if name == "Adagrad":
+        theirs = torch.optim.Adagrad([nn.Parameter(torch.zeros(1))])
+        theirs.add_param_group({"params": [late := nn.Parameter(torch.zeros(1))]})
+        if "sum" not in theirs.state[late]:
+            pytest.skip("torch.optim.Adagrad of this torch cannot step groups that are added")
     runs = pair(name, OPTIONS[name], start(), fused=fused)
     extra = []
     schedulers = []

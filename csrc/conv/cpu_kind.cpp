@@ -10,8 +10,8 @@
 #include <string_view>
 #include <unordered_map>
 
-// For versions of PyTorch that do not tell: overload resolution prefers its own function, which is no template.
-// Not within dlfast, where this name would hide that one.
+// For versions of PyTorch that do not tell: overload resolution prefers its own function, which is no
+// template. Not within dlfast, where this name would hide that one.
 namespace untold {
 template <typename = void>
 std::unordered_map<std::string, c10::IValue> get_cpu_capabilities() {

@@ -180,8 +180,8 @@ def test_fused_models():
 
     def plain_network():
         torch.manual_seed(3)
-        # Without a bias: its gradient is roundings alone, and the stand-in for a graph, which watches the dispatcher, has
-        # the convolution and the normalisation each by itself.
+        # Without a bias: its gradient is roundings alone, and the stand-in for a graph, which watches the dispatcher,
+        # has the convolution and the normalisation each by itself.
         layers = (nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 5)).cuda()
 

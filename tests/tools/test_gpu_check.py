@@ -112,6 +112,13 @@ def test_a_process_ends_with_what_it_has_started(tmp_path):
     assert (status, output) == (None, "begun\n")
 
 
+def test_what_is_on_the_path_stays_there_after_this_repository(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    code = "import os; print(os.environ['PYTHONPATH'])"
+    _, output = process.run([sys.executable, "-c", code], tmp_path / "log", time.monotonic() + 60, print)
+    assert output.strip() == f"{process.ROOT}{os.pathsep}/elsewhere"
+
+
 def test_lines_are_read_when_they_are_whole(tmp_path):
     running = process.Process(["true"], tmp_path / "log")
     with running._events.open("ab", buffering=0) as file:
@@ -392,8 +399,8 @@ def test_each_test_is_recorded_as_it_ends(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(verbs, "WORKERS", 1)
     found, said = in_turn(names, command, tmp_path / "tests.json")
     assert [outcomes(found)[name] for name in names] == ["passed", "failed", "skipped", "failed", "failed", "passed"]
-    assert "assert 1 == 2" in found.items[names[1]]["reason"]
-    assert "in teardown" in found.items[names[3]]["reason"]
+    assert found.items[names[1]]["reason"] == "assert 1 == 2 (test_some.py:5)"
+    assert found.items[names[3]]["reason"].startswith("ValueError: in teardown (test_some.py:")
     assert any(line.startswith("failed: test_some.py::test_exits: ") for line in said)
 
 
@@ -403,9 +410,30 @@ def test_pytest_runs_a_chunk_at_a_time(monkeypatch):
     assert command[-2:] == ["a.py::x", "a.py::y"]
 
 
+def test_a_file_that_cannot_be_collected_is_a_failure_and_the_rest_runs(tmp_path, monkeypatch, items):
+    command, run = items
+    broken = {"tests/b.py": "No module named 'hypothesis'"}
+    monkeypatch.setattr(verbs, "collected", lambda: (["tests/a.py::one", "tests/a.py::two"], broken))
+    monkeypatch.setattr(verbs, "pytest_command", command)
+    path, said = tmp_path / "tests.json", []
+    names = verbs.go("tests", results.Results(path, KEY), 30.0, "", False, said.append)
+    assert names == ["tests/a.py::one", "tests/a.py::two", "tests/b.py"]
+    assert said == ["failed: tests/b.py: No module named 'hypothesis'"]
+    assert run() == names[:2]
+    monkeypatch.setattr(verbs, "collected", None)  # not called: the names are kept
+    verbs.go("tests", results.Results(path, KEY), 30.0, "", False, said.append)
+    assert run() == []
+    monkeypatch.setattr(verbs, "collected", lambda: (["tests/a.py::one", "tests/b.py::three"], {}))
+    verbs.go("tests", results.Results(path, KEY), 30.0, "b.py", True, said.append)
+    assert run() == ["tests/b.py::three"]
+    assert outcomes(results.Results(path, KEY)) == {"tests/a.py::one": "passed", "tests/b.py::three": "passed"}
+
+
 @pytest.mark.slow
 def test_every_file_of_kernel_tests_is_collected():
-    files = {name.partition("::")[0] for name in verbs.collected()}
+    names, broken = verbs.collected()
+    assert broken == {}
+    files = {name.partition("::")[0] for name in names}
     for family in ("relu_pool", "conv", "conv_grad_weight", "grad_bias"):
         assert f"tests/functional/test_{family}_cuda.py" in files
     assert "tests/optim/test_step_cuda.py" in files

@@ -75,9 +75,8 @@ def attempt(make: Callable[[], Iterable[Trial]], rounds: int) -> tuple[list[str]
 
 def measure(trial: Trial, rounds: int) -> dict[str, Any]:
     """Rows and ratios of `trial`; no ratio where all variants of a side have failed."""
-    divide = 1
-    if trial.captured and torch.cuda.is_available():
-        divide = trial.captured
+    divide = trial.captured or 1
+    if trial.captured:
         capture_all(trial)
     sides = {variant.ours for variant in trial.variants}
     if len(sides) < 2:

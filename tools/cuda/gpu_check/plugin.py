@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,8 +49,15 @@ class Workers:
 
 
 def _end(report: pytest.TestReport, outcome: str) -> None:
-    reason = "" if outcome == "passed" else str(report.longrepr).strip()[-REASON:]
-    events.end(report.nodeid, outcome, report.duration, reason)
+    events.end(report.nodeid, outcome, report.duration, "" if outcome == "passed" else _reason(report))
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """The message of the error and its line, where pytest tells these apart."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is None:
+        return str(report.longrepr).strip()[-REASON:]
+    return f"{crash.message[:REASON]} ({Path(crash.path).name}:{crash.lineno})"
 
 
 def _fault() -> bool:

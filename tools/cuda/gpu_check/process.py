@@ -32,7 +32,7 @@ class Process:
         self._read = 0
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", events.FILE: str(self._events)}
+        own = {**python_path(), "PYTHONUNBUFFERED": "1", events.FILE: str(self._events)}
         with log.open("ab") as output:
             self._before = output.tell()
             self._process = subprocess.Popen(
@@ -67,6 +67,11 @@ class Process:
     def close(self) -> None:
         self.stop()
         self._folder.cleanup()
+
+
+def python_path() -> dict[str, str]:
+    """PYTHONPATH with this repository before what it holds already."""
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def run(

@@ -14,6 +14,7 @@ from dlfast.app.files import write_whole
 
 ENDED = ("passed", "failed", "skipped")
 TIMED_OUT = "timed out"  # will be tried again
+SAID = 300  # characters of a reason
 SECONDS_BETWEEN = 1.0  # two writes, but after a failure
 
 
@@ -110,7 +111,7 @@ class Progress:
             return  # what failed first says most
         self.results.record(name, outcome, seconds, reason, **more)
         if outcome in ("failed", TIMED_OUT):
-            self._say(f"{outcome}: {name}: {reason}")
+            self._say(f"{outcome}: {name}: {' '.join(reason.split())[:SAID]}")
 
     def close(self, outcome: str, reason: str) -> None:
         """What has begun will not end."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cuda_build
 from tools.cuda.gpu_check.measure import MEASURED
-from tools.cuda.gpu_check.process import ROOT, TAIL, Process, last_line, run
+from tools.cuda.gpu_check.process import ROOT, TAIL, Process, last_line, python_path, run
 from tools.cuda.gpu_check.results import TIMED_OUT, Progress, Results
 
 # Seconds of each; of sanitize, of each tool, which run side by side.
@@ -39,10 +39,10 @@ def go(verb: str, results: Results, limit: float, select: str, again: bool, say:
         RuntimeError: the items cannot be listed.
     """
     log = results.path.with_suffix(".log")
-    names = [name for name in listed(verb, results) if re.search(select, name)]
-    if again:
-        results.forget(names)
     progress = Progress(results, say)
+    if again:
+        results.forget([name for name in results.items if re.search(select, name)])
+    names = [name for name in listed(verb, progress, again) if re.search(select, name)]
     until = time.monotonic() + limit
     try:
         if verb == "sanitize":
@@ -55,13 +55,19 @@ def go(verb: str, results: Results, limit: float, select: str, again: bool, say:
     return names
 
 
-def listed(verb: str, results: Results) -> list[str]:
+def listed(verb: str, progress: Progress, again: bool) -> list[str]:
+    """The names of all items; those of the tests are kept, because to list them takes long."""
     if verb == "sanitize":
         return list(TOOLS)
     if verb in MEASURED:
         return list(MEASURED[verb]("cuda"))
-    if not results.listed:
-        results.listed = collected()
+    results = progress.results
+    if again or not results.listed:
+        names, broken = collected()
+        results.listed = [*names, *broken]
+        results.forget([name for name in results.items if name not in results.listed])
+        for file, reason in broken.items():
+            progress.end(file, "failed", 0.0, reason)
     return results.listed
 
 
@@ -100,14 +106,26 @@ def pytest_command(names: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def collected() -> list[str]:
-    """The names of all tests for a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "cuda or gpu_only", "tests"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
+def collected() -> tuple[list[str], dict[str, str]]:
+    """The names of all tests for a GPU, and the files that cannot be read, with the reason."""
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-rE",
+        "--continue-on-collection-errors", "-m", "cuda or gpu_only", "tests",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **python_path()}, capture_output=True, text=True)
+    names, broken = read_collected(done.stdout)
+    if not names:
         raise RuntimeError(f"the tests cannot be collected:\n{done.stdout[-TAIL:]}{done.stderr[-TAIL:]}")
-    return [line for line in done.stdout.splitlines() if "::" in line]
+    return names, broken
+
+
+def read_collected(output: str) -> tuple[list[str], dict[str, str]]:
+    """
+    >>> read_collected("tests/a.py::test[1]\\nERROR tests/b.py - KeyError: 1")
+    (['tests/a.py::test[1]'], {'tests/b.py': 'KeyError: 1'})
+    """
+    broken = dict(re.findall(r"^ERROR (\S+)(?: - (.*))?$", output, re.MULTILINE))
+    return [line for line in output.splitlines() if re.match(r"\S+\.py::", line)], broken
 
 
 def measure_command(verb: str) -> Callable[[list[str]], list[str]]:

@@ -399,7 +399,7 @@ def test_each_test_is_recorded_as_it_ends(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(verbs, "WORKERS", 1)
     found, said = in_turn(names, command, tmp_path / "tests.json")
     assert [outcomes(found)[name] for name in names] == ["passed", "failed", "skipped", "failed", "failed", "passed"]
-    assert found.items[names[1]]["reason"] == "assert 1 == 2 (test_some.py:5)"
+    assert found.items[names[1]]["reason"] == "assert 1 == 2 (test_some.py:6)"
     assert found.items[names[3]]["reason"].startswith("ValueError: in teardown (test_some.py:")
     assert any(line.startswith("failed: test_some.py::test_exits: ") for line in said)
 

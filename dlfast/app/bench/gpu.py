@@ -106,12 +106,12 @@ def _add(
         with forced(algorithm), torch.no_grad():
             run(x)
 
+    # Returned, not accumulated: what accumulates belongs to a stream, which a capture of this may not be on.
+    inputs = [*conv.parameters(), *([x] if x.requires_grad else [])]
+
     def both() -> None:
-        x.grad = None
-        for parameter in conv.parameters():
-            parameter.grad = None
         with forced(algorithm):
-            run(x).backward(grad)  # type: ignore[no-untyped-call]
+            torch.autograd.grad(run(x), inputs, grad)
 
     calls: dict[str, Call] = {"forward": forward, "forward + backward": both}
     problems.add(problem, Variant(label, label.startswith("dlfast"), calls))

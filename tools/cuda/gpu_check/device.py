@@ -51,7 +51,7 @@ def facts() -> dict[str, str]:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
         said = subprocess.run(command, capture_output=True, text=True)
         found |= dict(zip(query.split(","), said.stdout.strip().split(", "), strict=False))
-    return {**found, **dlfast.info.facts()}
+    return {**dlfast.info.facts(), **found}
 
 
 def key_of(found: dict[str, str]) -> Key:

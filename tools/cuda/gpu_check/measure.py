@@ -6,6 +6,7 @@ are captured in a CUDA graph, and replays of it are timed.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -105,9 +106,15 @@ def capture_all(trial: Trial) -> None:
             trial.variants.remove(variant)
 
 
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all captures, so that what autograd keeps for a stream fits all of them."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 def captured(call: Call, count: int) -> Call:
     """A replay of `count` calls. It keeps `call`, and so the tensors that the graph reads and writes."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARMUP):

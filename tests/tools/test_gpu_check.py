@@ -233,7 +233,7 @@ def test_another_commit_has_no_results_yet(pretended, tmp_path, monkeypatch, cap
 
 
 def test_a_verb_that_cannot_begin_fails_and_the_next_one_runs(pretended, tmp_path, monkeypatch, capsys):
-    def broken():
+    def broken(_):
         raise RuntimeError("the tests cannot be collected")
 
     monkeypatch.setattr(verbs, "collected", broken)
@@ -413,7 +413,7 @@ def test_pytest_runs_a_chunk_at_a_time(monkeypatch):
 def test_a_file_that_cannot_be_collected_is_a_failure_and_the_rest_runs(tmp_path, monkeypatch, items):
     command, run = items
     broken = {"tests/b.py": "No module named 'hypothesis'"}
-    monkeypatch.setattr(verbs, "collected", lambda: (["tests/a.py::one", "tests/a.py::two"], broken))
+    monkeypatch.setattr(verbs, "collected", lambda _: (["tests/a.py::one", "tests/a.py::two"], broken))
     monkeypatch.setattr(verbs, "pytest_command", command)
     path, said = tmp_path / "tests.json", []
     names = verbs.go("tests", results.Results(path, KEY), 30.0, "", False, said.append)
@@ -423,15 +423,20 @@ def test_a_file_that_cannot_be_collected_is_a_failure_and_the_rest_runs(tmp_path
     monkeypatch.setattr(verbs, "collected", None)  # not called: the names are kept
     verbs.go("tests", results.Results(path, KEY), 30.0, "", False, said.append)
     assert run() == []
-    monkeypatch.setattr(verbs, "collected", lambda: (["tests/a.py::one", "tests/b.py::three"], {}))
+    monkeypatch.setattr(verbs, "collected", lambda _: (["tests/a.py::one", "tests/b.py::three"], {}))
     verbs.go("tests", results.Results(path, KEY), 30.0, "b.py", True, said.append)
     assert run() == ["tests/b.py::three"]
     assert outcomes(results.Results(path, KEY)) == {"tests/a.py::one": "passed", "tests/b.py::three": "passed"}
 
 
+def test_collecting_is_within_the_limit():
+    with pytest.raises(RuntimeError, match=r"not collected within the limit of 0.01 s"):
+        verbs.collected(0.01)
+
+
 @pytest.mark.slow
 def test_every_file_of_kernel_tests_is_collected():
-    names, broken = verbs.collected()
+    names, broken = verbs.collected(300.0)
     assert broken == {}
     files = {name.partition("::")[0] for name in names}
     for family in ("relu_pool", "conv", "conv_grad_weight", "grad_bias"):

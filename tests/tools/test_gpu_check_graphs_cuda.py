@@ -15,7 +15,7 @@ from tools.cuda.gpu_check import blocks, measure, networks, training
 pytestmark = pytest.mark.cuda
 
 
-@pytest.mark.parametrize("name", ["lenet", "mnistnet", "speed run"])
+@pytest.mark.parametrize("name", ["lenet", "mnistnet", pytest.param("speed run", marks=pytest.mark.gpu_only)])
 def test_graphed_steps_of_both_sides_come_to_the_losses_of_plain_ones(name, monkeypatch):
     if "emulator" in torch.cuda.get_device_name():
         use_recorded_graphs(monkeypatch)

@@ -42,8 +42,8 @@ def go(verb: str, results: Results, limit: float, select: str, again: bool, say:
     progress = Progress(results, say)
     if again:
         results.forget([name for name in results.items if re.search(select, name)])
-    names = [name for name in listed(verb, progress, again) if re.search(select, name)]
     until = time.monotonic() + limit
+    names = [name for name in listed(verb, progress, again, limit) if re.search(select, name)]
     try:
         if verb == "sanitize":
             sanitize(results.missing(names), progress, log, until, limit)
@@ -55,7 +55,7 @@ def go(verb: str, results: Results, limit: float, select: str, again: bool, say:
     return names
 
 
-def listed(verb: str, progress: Progress, again: bool) -> list[str]:
+def listed(verb: str, progress: Progress, again: bool, limit: float) -> list[str]:
     """The names of all items; those of the tests are kept, because to list them takes long."""
     if verb == "sanitize":
         return list(TOOLS)
@@ -63,7 +63,7 @@ def listed(verb: str, progress: Progress, again: bool) -> list[str]:
         return list(MEASURED[verb]("cuda"))
     results = progress.results
     if again or not results.listed:
-        names, broken = collected()
+        names, broken = collected(limit)
         results.listed = [*names, *broken]
         results.forget([name for name in results.items if name not in results.listed])
         for file, reason in broken.items():
@@ -106,13 +106,17 @@ def pytest_command(names: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def collected() -> tuple[list[str], dict[str, str]]:
+def collected(limit: float) -> tuple[list[str], dict[str, str]]:
     """The names of all tests for a GPU, and the files that cannot be read, with the reason."""
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-rE",
         "--continue-on-collection-errors", "-m", "cuda or gpu_only", "tests",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **python_path()}, capture_output=True, text=True)
+    environment = {**os.environ, **python_path()}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the tests were not collected within the limit of {limit:g} s") from None
     names, broken = read_collected(done.stdout)
     if not names:
         raise RuntimeError(f"the tests cannot be collected:\n{done.stdout[-TAIL:]}{done.stderr[-TAIL:]}")

@@ -366,7 +366,7 @@ def test_a_missing_sanitizer_is_a_failure(tmp_path, monkeypatch):
 TESTS = """
 import os, time
 import pytest
-
+from tools.cuda.gpu_check import plugin
 def test_good(): pass
 def test_bad(): assert 1 == 2
 @pytest.mark.skip(reason="not here")
@@ -377,17 +377,20 @@ def broken():
     raise ValueError("in teardown")
 def test_teardown(broken): pass
 def test_exits(): os._exit(3)
-def test_last(): pass
+def test_faults():
+    plugin._fault = lambda: True
+    raise RuntimeError("an illegal access")
+def test_last(): assert plugin._fault.__name__ == "_fault"
 """
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]])
 def test_each_test_is_recorded_as_it_ends(workers, tmp_path, monkeypatch):
-    """Also one that ends its process: the others run in the next one."""
+    """Also one that ends its process, or breaks what the process has of the GPU: the others run in the next one."""
     file = tmp_path / "test_some.py"
     file.write_text(textwrap.dedent(TESTS))
     (tmp_path / "pytest.ini").write_text("[pytest]")
-    tests = ["good", "bad", "skipped", "teardown", "exits", "last"]
+    tests = ["good", "bad", "skipped", "teardown", "exits", "faults", "last"]
     names = [f"test_some.py::test_{name}" for name in tests]
     made = verbs.pytest_command
 
@@ -398,9 +401,18 @@ def test_each_test_is_recorded_as_it_ends(workers, tmp_path, monkeypatch):
 
     monkeypatch.setattr(verbs, "WORKERS", 1)
     found, said = in_turn(names, command, tmp_path / "tests.json")
-    assert [outcomes(found)[name] for name in names] == ["passed", "failed", "skipped", "failed", "failed", "passed"]
+    assert [outcomes(found)[name] for name in names] == [
+        "passed",
+        "failed",
+        "skipped",
+        "failed",
+        "failed",
+        "failed",
+        "passed",
+    ]
     assert found.items[names[1]]["reason"] == "assert 1 == 2 (test_some.py:6)"
     assert found.items[names[3]]["reason"].startswith("ValueError: in teardown (test_some.py:")
+    assert found.items[names[5]]["reason"].startswith("RuntimeError: an illegal access")
     assert any(line.startswith("failed: test_some.py::test_exits: ") for line in said)
 
 

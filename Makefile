@@ -37,9 +37,10 @@ test-all: test
 bench: env
 	$(BIN)/dlfast bench --out benchmarks/results $(TARGETS)
 
-# On a machine with a GPU; the report goes to bench/.
+# On a machine with a GPU; results go to bench/gpu, and a second run goes on with what has none. `make gpu-check
+# VERBS="tests blocks"` does a part of it; docs/cuda.md has the list.
 gpu-check: env
-	$(BIN)/python -m tools.cuda.gpu_check
+	$(BIN)/python -m tools.cuda.gpu_check $(VERBS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -211,8 +211,10 @@ def test_blocks_of_the_gpu_benchmark(monkeypatch):
     monkeypatch.setenv("DLFAST_ALGORITHM", "pytorch")
     layer = traffic.Layer("net", "conv", 2, 3, 8, 12)
     problem = gpu.block_problem(layer, torch.float32, "cpu", compile=False)
-    assert problem.variants_by_name() == ["dlfast", "dlfast pytorch", "dlfast single", "PyTorch"]
-    assert [variant.ours for variant in problem.variants] == [True, True, True, False]
+    assert problem.variants_by_name() == [
+        "dlfast", "dlfast pytorch", "dlfast single", "PyTorch", "PyTorch channels_last",
+    ]  # fmt: skip
+    assert [variant.ours for variant in problem.variants] == [True, True, True, False, False]
     assert problem.moved == {"forward": traffic.compulsory(layer, 4)}
     original = dlfast.nn.ConvReLUPool2d.forward
     monkeypatch.setattr(

@@ -14,7 +14,10 @@ from tests.support.native import built_for_cuda
 
 pytestmark = built_for_cuda
 
-MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "h100" / "blocks.json").read_text())
+FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "h100" / "blocks.json"
+if not FILE.exists():
+    pytest.skip("a copy of the project without its results", allow_module_level=True)
+MEASURED = json.loads(FILE.read_text())
 H100 = {
     "arch": MEASURED["compute_capability"],
     "processors": MEASURED["processors"],

@@ -70,12 +70,17 @@ struct ReluPoolBackward : torch::autograd::Node {
   }
 };
 
-// The gradient is linear in grad_output for a given winner mask, so these two are each other's derivative.
-struct ExpandBackward : torch::autograd::Node {
+// The gradient is linear in grad_output for a given winner mask: to expand it and the transpose of that are
+// each other's derivative.
+struct LinearBackward : torch::autograd::Node {
   SavedVariable winner_mask;
+  std::vector<SymInt> size;  // [H, W] of what the transpose was given
   PoolOptions options;
+  bool of_expand;
 
-  std::string name() const override { return "ReluPoolExpandBackward"; }
+  std::string name() const override {
+    return of_expand ? "ReluPoolExpandBackward" : "ReluPoolTransposeBackward";
+  }
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     winner_mask.reset_data();
@@ -83,26 +88,29 @@ struct ExpandBackward : torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined()) return variable_list(1);
-    return {call_transpose(grads[0], winner_mask.unpack(), options)};
+    return {of_expand ? call_transpose(grads[0], winner_mask.unpack(), options)
+                      : call_expand(grads[0], winner_mask.unpack(), size, options)};
   }
 };
 
-struct TransposeBackward : torch::autograd::Node {
-  SavedVariable winner_mask;
-  std::vector<SymInt> size;
-  PoolOptions options;
-
-  std::string name() const override { return "ReluPoolTransposeBackward"; }
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    winner_mask.reset_data();
-  }
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(1);
-    return {call_expand(grads[0], winner_mask.unpack(), size, options)};
-  }
-};
+template <typename Run>
+Tensor recorded(const Tensor& grad, const Tensor& winner_mask, const PoolOptions& options, bool of_expand,
+                const Run& run) {
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return run();
+  };
+  if (!records(grad)) return below();
+  const auto node = make_node<LinearBackward>(grad);
+  node->winner_mask = saved(winner_mask);
+  if (!of_expand) node->size = size_of(grad);
+  node->options = options;
+  node->of_expand = of_expand;
+  Tensor result = below();
+  set_history(result, node);
+  completed(node);
+  return result;
+}
 
 Forward relu_pool2d(const Tensor& input, const OptionalTensor& bias, const PoolOptions& options,
                     bool save_winner_mask) {
@@ -126,34 +134,13 @@ Forward relu_pool2d(const Tensor& input, const OptionalTensor& bias, const PoolO
 
 Tensor relu_pool2d_backward(const Tensor& grad, const Tensor& winner_mask, SymIntArrayRef input_size,
                             const PoolOptions& options) {
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_expand(grad, winner_mask, input_size, options);
-  };
-  if (!records(grad)) return below();
-  const auto node = make_node<ExpandBackward>(grad);
-  node->winner_mask = saved(winner_mask);
-  node->options = options;
-  Tensor result = below();
-  set_history(result, node);
-  completed(node);
-  return result;
+  return recorded(grad, winner_mask, options, /*of_expand=*/true,
+                  [&] { return call_expand(grad, winner_mask, input_size, options); });
 }
 
 Tensor relu_pool2d_transpose(const Tensor& grad, const Tensor& winner_mask, const PoolOptions& options) {
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_transpose(grad, winner_mask, options);
-  };
-  if (!records(grad)) return below();
-  const auto node = make_node<TransposeBackward>(grad);
-  node->winner_mask = saved(winner_mask);
-  node->size = size_of(grad);
-  node->options = options;
-  Tensor result = below();
-  set_history(result, node);
-  completed(node);
-  return result;
+  return recorded(grad, winner_mask, options, /*of_expand=*/false,
+                  [&] { return call_transpose(grad, winner_mask, options); });
 }
 
 }  // namespace
